@@ -1,0 +1,28 @@
+"""eigenlens: find, freeze and explain the singular directions of transformer weights."""
+
+from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
+from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.matrices import weight_matrices
+from eigenlens.models import load_model
+from eigenlens.scoring import Scores, score
+from eigenlens.selection import select
+from eigenlens.spectra import Spectra, decompose
+from eigenlens.tasks import Task, load_task
+
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "FrozenSet",
+    "Scores",
+    "Spectra",
+    "Task",
+    "compare",
+    "decompose",
+    "evaluate",
+    "freeze",
+    "load_model",
+    "load_task",
+    "score",
+    "select",
+    "weight_matrices",
+]

@@ -1,0 +1,266 @@
+"""Measuring a model on a task, and comparing two measurements of the same examples."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.files import load_table, save_table
+from eigenlens.metrics import answer_logits, answer_loss
+from eigenlens.provenance import Provenance, text_hash
+from eigenlens.tasks.batches import Batch, make_batches
+
+Interval = tuple[float, float]
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and accuracy on a data set.
+
+    Attributes:
+        examples: one row each: ``prompt, answer, predicted, loss, correct`` and, for tasks with
+            candidate answers, ``choice`` and ``choice_correct``. ``predicted`` holds the most
+            likely token at each answer position, decoded; ``loss`` is in nats per answer.
+        provenance: model, data hash and versions.
+    """
+
+    examples: pd.DataFrame
+    provenance: Provenance
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return len(self.examples)
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of an answer, in nats."""
+        return float(self.examples["loss"].mean())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of examples whose answer tokens all are the most likely ones (exact match)."""
+        return float(self.examples["correct"].mean())
+
+    @property
+    def interval(self) -> Interval:
+        """Wilson 95 % interval of :attr:`accuracy`."""
+        return wilson_interval(int(self.examples["correct"].sum()), self.n)
+
+    @property
+    def choice_accuracy(self) -> float | None:
+        """Share whose answer is the most likely candidate; ``None`` without candidates."""
+        if "choice_correct" not in self.examples:
+            return None
+        return float(self.examples["choice_correct"].mean())
+
+    @property
+    def choice_interval(self) -> Interval | None:
+        """Wilson 95 % interval of :attr:`choice_accuracy`."""
+        if "choice_correct" not in self.examples:
+            return None
+        return wilson_interval(int(self.examples["choice_correct"].sum()), self.n)
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of ``metrics.json``."""
+        numbers: dict[str, Any] = {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "n": self.n,
+            "interval": list(self.interval),
+        }
+        if self.choice_interval is not None:
+            numbers["choice_accuracy"] = self.choice_accuracy
+            numbers["choice_interval"] = list(self.choice_interval)
+        return numbers
+
+    def _repr_html_(self) -> str:
+        low, high = self.interval
+        head = (
+            f"<p>accuracy {self.accuracy:.1%} (95 % interval {low:.1%} … {high:.1%}), "
+            f"loss {self.loss:.3f} nats, {self.n} examples</p>"
+        )
+        return head + self.examples.head(8).to_html(index=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one parquet file."""
+        save_table(path, "evaluation", self.examples, {"provenance": self.provenance.model_dump()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
+        """Read back what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: the file is truncated or foreign.
+        """
+        examples, metadata = load_table(path, "evaluation")
+        return cls(examples, Provenance(**metadata["provenance"]))
+
+
+def wilson_interval(correct: int, n: int) -> Interval:
+    """Wilson score interval (95 %) of a share."""
+    found = scipy.stats.binomtest(correct, n).proportion_ci(_CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def evaluate(
+    model: TransformerBridge,
+    data: Dataset,
+    *,
+    batch_size: int = 50,
+    progress: bool = False,
+) -> Evaluation:
+    """Loss, exact-match and (where there are candidates) choice accuracy of ``model`` as it is.
+
+    Answers are scored whole, given the prompt: exact match means that every answer token is the
+    most likely one, which is what greedy decoding would write.
+
+    Raises:
+        ValueError: a model in training mode, an empty data set, or examples that do not tokenise
+            or fit the context; an answer that is not among its candidates.
+    """
+    if model.training or model.original_model.training:
+        raise ValueError("The model is in training mode, where dropout is random: call model.eval().")
+    _check_candidates(data)
+    rows: dict[int, dict[str, Any]] = {}
+    batches = make_batches(data, model, batch_size)
+    with torch.no_grad():
+        for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+            rows |= _measure(model, batch)
+    measured = pd.DataFrame([rows[index] for index in range(len(data))])
+    examples = pd.DataFrame({"prompt": list(data["prompt"]), "answer": list(data["answer"])})
+    examples = examples.join(measured).join(_choices(model, data, batch_size))
+    return Evaluation(examples, Provenance.of(model, task_hash=text_hash(data.to_list())))
+
+
+def _measure(model: TransformerBridge, batch: Batch) -> dict[int, dict[str, Any]]:
+    logits = answer_logits(model, batch).float()
+    loss = answer_loss(logits, batch)
+    best = logits.argmax(-1)
+    correct = ((best == batch.answer) | ~batch.answer_mask).all(-1)
+    predicted = [
+        model.tokenizer.decode(tokens[there])
+        for tokens, there in zip(best, batch.answer_mask, strict=True)
+    ]
+    columns = zip(batch.indices, predicted, loss.tolist(), correct.tolist(), strict=True)
+    return {i: {"predicted": p, "loss": x, "correct": c} for i, p, x, c in columns}
+
+
+def _check_candidates(data: Dataset) -> None:
+    if "candidates" not in data.column_names:
+        return
+    for row, (answer, candidates) in enumerate(
+        zip(data["answer"], data["candidates"], strict=True)
+    ):
+        if candidates and answer not in candidates:
+            raise ValueError(f"Example {row}: the answer {answer!r} is not among {candidates}.")
+
+
+def _choices(model: TransformerBridge, data: Dataset, batch_size: int) -> pd.DataFrame:
+    """Most likely candidate of each example, or no columns for tasks without candidates."""
+    candidates = list(data["candidates"]) if "candidates" in data.column_names else []
+    if not any(candidates):
+        return pd.DataFrame(index=range(len(data)))
+    pairs = [(row, text) for row, texts in enumerate(candidates) for text in texts]
+    variants = Dataset.from_dict(
+        {
+            "prompt": [data[row]["prompt"] for row, _ in pairs],
+            "answer": [text for _, text in pairs],
+        }
+    )
+    losses = np.empty(len(pairs))
+    with torch.no_grad():
+        for batch in make_batches(variants, model, batch_size):
+            loss = answer_loss(answer_logits(model, batch).float(), batch)
+            losses[batch.indices] = loss.cpu().numpy()
+    table = pd.DataFrame({"row": [row for row, _ in pairs], "loss": losses})
+    best = table.groupby("row")["loss"].idxmin()
+    choice = pd.Series({row: pairs[at][1] for row, at in best.items()})
+    right = choice == pd.Series(list(data["answer"])).loc[choice.index]
+    return pd.DataFrame({"choice": choice, "choice_correct": right})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations of the same examples, paired.
+
+    Attributes:
+        accuracy_change: after − before, with its 95 % bootstrap interval.
+        loss_change: after − before in nats, with its 95 % bootstrap interval.
+        gained, lost: examples that became right, and wrong.
+        p_value: exact McNemar test of ``gained`` against ``lost``.
+        n: number of examples.
+    """
+
+    accuracy_change: float
+    accuracy_interval: Interval
+    loss_change: float
+    loss_interval: Interval
+    gained: int
+    lost: int
+    p_value: float
+    n: int
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of ``metrics.json``."""
+        return {
+            "accuracy_change": self.accuracy_change,
+            "accuracy_interval": list(self.accuracy_interval),
+            "loss_change": self.loss_change,
+            "loss_interval": list(self.loss_interval),
+            "gained": self.gained,
+            "lost": self.lost,
+            "p_value": self.p_value,
+            "n": self.n,
+        }
+
+
+def compare(
+    before: Evaluation, after: Evaluation, *, seed: int = 0, n_resamples: int = 2000
+) -> Comparison:
+    """Paired comparison: exact McNemar test and bootstrap intervals over examples.
+
+    Raises:
+        ValueError: the two evaluations are not of the same examples.
+    """
+    keys = ["prompt", "answer"]
+    if not before.examples[keys].equals(after.examples[keys]):
+        raise ValueError("These evaluations are not of the same examples, in the same order.")
+    was, now = (e.examples["correct"].to_numpy(bool) for e in (before, after))
+    gained, lost = int((now & ~was).sum()), int((was & ~now).sum())
+    p_value = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    right = now.astype(float) - was
+    loss = (after.examples["loss"] - before.examples["loss"]).to_numpy()
+    return Comparison(
+        accuracy_change=float(right.mean()),
+        accuracy_interval=_bootstrap(right, seed, n_resamples),
+        loss_change=float(loss.mean()),
+        loss_interval=_bootstrap(loss, seed, n_resamples),
+        gained=gained,
+        lost=lost,
+        p_value=float(p_value),
+        n=len(right),
+    )
+
+
+def _bootstrap(values: np.ndarray, seed: int, n_resamples: int) -> Interval:
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = scipy.stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=n_resamples,
+        confidence_level=_CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)

@@ -1,0 +1,144 @@
+"""Reading and writing result files: atomic, typed by a header, never pickle.
+
+Every file that eigenlens writes carries a ``kind`` and a format version in its metadata, so that a
+foreign or truncated file is refused with a sentence instead of failing somewhere deep inside.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import platformdirs
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+FORMAT = "1"
+_HEADER = "eigenlens"
+
+
+class FileFormatError(ValueError):
+    """A file is missing parts, truncated, or not of the kind that was asked for."""
+
+
+def cache_dir() -> Path:
+    """Folder for dequantised models and decompositions: ``EIGENLENS_CACHE`` or the user's cache."""
+    return Path(os.environ.get("EIGENLENS_CACHE") or platformdirs.user_cache_dir("eigenlens"))
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it only when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _header(kind: str, metadata: Mapping[str, Any]) -> str:
+    return json.dumps({"kind": kind, "format": FORMAT, **metadata})
+
+
+def _check_header(path: Path, kind: str, header: str | None) -> dict[str, Any]:
+    if header is None:
+        raise FileFormatError(f"{path} was not written by eigenlens; expected a {kind} file.")
+    metadata = json.loads(header)
+    if metadata.pop("kind", None) != kind:
+        raise FileFormatError(
+            f"{path} holds another kind of eigenlens result; expected a {kind} file."
+        )
+    if metadata.pop("format", None) != FORMAT:
+        raise FileFormatError(f"{path} has a format that this version of eigenlens does not read.")
+    return metadata
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    kind: str,
+    tensors: dict[str, Tensor],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write named tensors and a JSON header as one safetensors file, atomically."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(Path(path)) as temporary:
+        safetensors.torch.save_file(
+            contiguous, temporary, metadata={_HEADER: _header(kind, metadata or {})}
+        )
+
+
+def load_tensors(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read back what :func:`save_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: the file is truncated, foreign, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No such file: {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            metadata = _check_header(path, kind, header)
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise FileFormatError(
+            f"{path} is truncated or not a safetensors file ({error})."
+        ) from error
+
+
+def save_table(
+    path: str | os.PathLike[str],
+    kind: str,
+    table: pd.DataFrame,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a table and a JSON header as one parquet file, atomically."""
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    header = {**(arrow.schema.metadata or {}), _HEADER.encode(): _header(kind, metadata or {})}
+    with atomic_path(Path(path)) as temporary:
+        pq.write_table(arrow.replace_schema_metadata(header), temporary, compression="zstd")
+
+
+def load_table(path: str | os.PathLike[str], kind: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Read back what :func:`save_table` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: the file is truncated, foreign, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No such file: {path}")
+    try:
+        arrow = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise FileFormatError(f"{path} is truncated or not a parquet file ({error}).") from error
+    header = (arrow.schema.metadata or {}).get(_HEADER.encode())
+    metadata = _check_header(path, kind, header.decode() if header else None)
+    return arrow.to_pandas(), metadata

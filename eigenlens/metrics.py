@@ -1,0 +1,90 @@
+"""Metrics: callables from logits at the answer positions and the batch to a number per example.
+
+``logits[:, j]`` predicts answer token ``j``. All metrics here are in nats and fall as the model
+gets better, so that a negative score (the metric is predicted to fall) means a harmful component.
+"""
+
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.positions import prompt_ends_at
+from eigenlens.tasks.batches import Batch, make_batches
+
+Metric = Callable[[Float[Tensor, "batch answer d_vocab"], Batch], Float[Tensor, "batch"]]
+
+
+def answer_logits(model: TransformerBridge, batch: Batch) -> Float[Tensor, "batch answer d_vocab"]:
+    """Logits that predict the answer, computed at these positions only."""
+    n_answer = batch.answer.shape[1]
+    with prompt_ends_at(model, batch.n_prompt):
+        mask = batch.attention_mask.long() if batch.is_padded else None
+        logits = model(
+            batch.tokens, attention_mask=mask, use_cache=False, **_last_logits(model, n_answer)
+        )
+    return logits[:, -n_answer:]
+
+
+def _last_logits(model: TransformerBridge, n_answer: int) -> dict[str, int]:
+    # The unembedding is a quarter of a small model's forward pass, and most of it is thrown away.
+    takes = "logits_to_keep" in type(model.original_model).forward.__code__.co_varnames
+    return {"logits_to_keep": n_answer} if takes else {}
+
+
+def answer_loss(
+    logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
+) -> Float[Tensor, "batch"]:
+    """Negative log-likelihood of the whole answer, in nats: the sum over its tokens."""
+    picked = logits.log_softmax(-1).gather(-1, batch.answer[..., None])[..., 0]
+    return -(picked * batch.answer_mask).sum(-1)
+
+
+def logit_diff(wrong: Tensor) -> Metric:
+    """Metric ``logit(wrong) − logit(right)`` of the first answer token.
+
+    Args:
+        wrong: token id of the wrong answer of each example of the data set, ``[example]``.
+    """
+
+    def metric(
+        logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
+    ) -> Float[Tensor, "batch"]:
+        other = wrong.to(logits.device)[batch.indices]
+        first = logits[:, 0]
+        right = first.gather(-1, batch.answer[:, :1])[:, 0]
+        return first.gather(-1, other[:, None])[:, 0] - right
+
+    return metric
+
+
+def kl_to_unedited(model: TransformerBridge, data: Dataset, batch_size: int = 50) -> Metric:
+    """Metric ``KL(unedited ‖ edited)`` in nats, summed over the answer positions.
+
+    Runs ``model`` as it is now over ``data`` and keeps its log-probabilities
+    (``examples × answer tokens × d_vocab`` floats) to compare later passes with.
+    """
+    kept: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for batch in make_batches(data, model, batch_size):
+            logs = answer_logits(model, batch).float().log_softmax(-1)
+            kept |= {
+                index: row[there].cpu()
+                for index, row, there in zip(batch.indices, logs, batch.answer_mask, strict=True)
+            }
+
+    def metric(
+        logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
+    ) -> Float[Tensor, "batch"]:
+        logs = logits.log_softmax(-1)
+        rows = []
+        for row, index in enumerate(batch.indices):
+            before = kept[index].to(logs)
+            after = logs[row][batch.answer_mask[row]]
+            rows.append((before.exp() * (before - after)).sum())
+        return torch.stack(rows)
+
+    return metric

@@ -1,0 +1,133 @@
+"""Which position, counted from the end of the prompt, each column of a forward pass has.
+
+A frozen component has one mean per position, so its hooks must know where they are. By default the
+whole input of a forward pass is a prompt: its last token is position −1. During generation the
+prompt is what generation started from, with or without a KV cache, and new tokens are 0, 1, ….
+Code that feeds prompt and answer together says where the prompt ends with :func:`prompt_ends_at`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+_GENERATORS = ("generate", "generate_stream", "hf_generate")
+_trackers: WeakKeyDictionary[nn.Module, "PositionTracker"] = WeakKeyDictionary()
+
+
+class PositionTracker:
+    """Follows the forward passes of one model.
+
+    Attributes:
+        positions: of the columns of the running pass, ``[pos]``, or ``[batch, pos]`` where
+            right-padded prompts end in different columns.
+    """
+
+    def __init__(self) -> None:
+        self.positions: Int[Tensor, "*batch pos"] = torch.zeros(0, dtype=torch.int64)
+        self.users = 0
+        self._prompt_end: int | Tensor | None = None
+        self._held = False
+
+    @contextmanager
+    def holding(self, n_prompt: int | None) -> Iterator[None]:
+        """Keep one end of the prompt over several passes; ``None``: that of the first pass."""
+        before = (self._prompt_end, self._held)
+        self._prompt_end, self._held = n_prompt, True
+        try:
+            yield
+        finally:
+            self._prompt_end, self._held = before
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the transformers model: find the positions of this pass."""
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        inputs = bound.get("input_ids")
+        if inputs is None:
+            inputs = bound["inputs_embeds"]
+        cache = bound.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        end = past + inputs.shape[1]
+        fresh = self._prompt_end is None or not (self._held or past)
+        if fresh:
+            self._prompt_end = _prompt_end(bound.get("attention_mask"), end)
+        columns = torch.arange(past, end, device=inputs.device)
+        self.positions = columns - self._prompt_end
+
+
+def _prompt_end(mask: Tensor | None, end: int) -> int | Tensor:
+    """Column after the last prompt token; one per row where rows are padded on the right."""
+    if mask is None or mask.ndim != 2 or bool(mask[:, -1].all()):
+        return end
+    last = mask.shape[1] - mask.flip(1).long().argmax(dim=1)
+    return last[:, None]
+
+
+def attach_tracker(model: TransformerBridge) -> tuple[PositionTracker, Callable[[], None]]:
+    """The tracker of ``model``, and the function that lets it go again."""
+    tracker = _trackers.get(model)
+    if tracker is None:
+        tracker = _trackers[model] = _start(model)
+    tracker.users += 1
+
+    def release() -> None:
+        tracker.users -= 1
+        if tracker.users == 0:
+            _stop(model)
+
+    return tracker, release
+
+
+def _start(model: TransformerBridge) -> PositionTracker:
+    tracker = PositionTracker()
+    core = model.original_model
+    core._eigenlens_handle = core.register_forward_pre_hook(tracker.observe, with_kwargs=True)
+    for name in _GENERATORS:
+        setattr(model, name, _as_generation(getattr(model, name), tracker))
+    return tracker
+
+
+def _stop(model: TransformerBridge) -> None:
+    core = model.original_model
+    core._eigenlens_handle.remove()
+    del core._eigenlens_handle
+    for name in _GENERATORS:
+        delattr(model, name)
+    del _trackers[model]
+
+
+def _as_generation(method: Callable[..., Any], tracker: PositionTracker) -> Callable[..., Any]:
+    """Hold the end of the prompt while ``method`` generates."""
+    if inspect.isgeneratorfunction(inspect.unwrap(method)):
+
+        @wraps(method)
+        def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            with tracker.holding(None):
+                yield from method(*args, **kwargs)
+
+        return stream
+
+    @wraps(method)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        with tracker.holding(None):
+            return method(*args, **kwargs)
+
+    return generate
+
+
+@contextmanager
+def prompt_ends_at(model: TransformerBridge, n_prompt: int) -> Iterator[None]:
+    """Say that the first ``n_prompt`` columns are the prompt, padding included."""
+    tracker = _trackers.get(model)
+    if tracker is None:
+        yield
+        return
+    with tracker.holding(n_prompt):
+        yield

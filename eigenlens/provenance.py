@@ -1,0 +1,91 @@
+"""Where a result came from: versions, seed, model fingerprint, task hash.
+
+A fingerprint is a 128-bit xxh3 hash over the name, shape, dtype and bytes of every parameter. It
+tells whether a stored edit belongs to the weights at hand; it is no protection against forgery.
+"""
+
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import xxhash
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+_PACKAGES = ("eigenlens", "torch", "transformers", "transformer-lens", "numpy")
+_fingerprints: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
+
+
+class Provenance(BaseModel):
+    """The record that every result object carries."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    model_fingerprint: str
+    task: str | None = None
+    task_hash: str | None = None
+    seed: int | None = None
+    versions: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: TransformerBridge,
+        *,
+        task: str | None = None,
+        task_hash: str | None = None,
+        seed: int | None = None,
+    ) -> "Provenance":
+        """Record the model at hand and the versions that are running."""
+        return cls(
+            model=str(getattr(model.cfg, "model_name", "") or "unnamed"),
+            model_fingerprint=model_fingerprint(model),
+            task=task,
+            task_hash=task_hash,
+            seed=seed,
+            versions=versions(),
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """xxh3-128 of a tensor's dtype, shape and bytes."""
+    return _hash([("", tensor)])
+
+
+def text_hash(lines: Iterable[Any]) -> str:
+    """xxh3-128 of the ``repr`` of each item, in order."""
+    digest = xxhash.xxh3_128()
+    for line in lines:
+        digest.update(repr(line).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: TransformerBridge) -> str:
+    """Hash of every parameter of ``model``; recomputed only when a parameter has changed."""
+    parameters = dict(model.named_parameters())
+    # An in-place edit raises a tensor's version counter; an exchanged tensor has another address.
+    state = tuple((name, p.data_ptr(), p._version) for name, p in parameters.items())
+    known = _fingerprints.get(model)
+    if known is None or known[0] != state:
+        known = (state, _hash(sorted(parameters.items())))
+        _fingerprints[model] = known
+    return known[1]
+
+
+def _hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""Running sums from which the scores of one matrix follow, whatever the number of examples.
+
+With inputs ``x`` and output gradients ``g = ∂L/∂y`` at position t of example b, the first-order
+effect of freezing component i is ``Σ_t (ā_t − a_bt) g_bt`` with ``a = σ_i (x · u_i)`` and
+``g = v_i · ∂L/∂y``. Summed over examples, ``Σ_b`` of it is ``σ_i u_iᵀ D v_i`` with one matrix
+
+    ``D = Σ_t x̄_t (Σ_b g_bt)ᵀ − Σ_bt x_bt g_btᵀ``
+
+that all components share. So :class:`CrossMoments` keeps ``Σ x gᵀ`` per matrix, ``Σ x`` and
+``Σ g`` per position, and projects once at the end. What depends on single examples (standard
+errors, worst cases) needs the means first and is summed by :class:`EffectMoments`.
+
+Positions are rows of these sums; they are counted from the end of the prompt.
+Sums of two shards add: that is the whole of data-parallel scoring.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from eigenlens.matrices import split_heads
+from eigenlens.spectra import Spectrum
+
+
+class _Sums:
+    """Adds field by field."""
+
+    def __add__(self, other):  # type: ignore[no-untyped-def]
+        return type(self)(
+            *(self._merge(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        )
+
+    @staticmethod
+    def _merge(name: str, one: Tensor, two: Tensor) -> Tensor:
+        return torch.maximum(one, two) if name == "worst" else one + two
+
+
+@dataclass
+class InputMeans(_Sums):
+    """Sum of the inputs of one matrix per position: ``Σ_b x_bt``."""
+
+    total: Float[Tensor, "pos all_in"]
+
+    @classmethod
+    def zeros(cls, spectrum: Spectrum, n_pos: int) -> "InputMeans":
+        """Empty sums for ``n_pos`` positions."""
+        u = spectrum.u
+        matrix = spectrum.matrix
+        width = matrix.d_in * (matrix.n_heads if matrix.head_axis == "in" else 1)
+        return cls(u.new_zeros(n_pos, width))
+
+    def update(self, rows: slice, x: Float[Tensor, "batch pos all_in"]) -> None:
+        """Add a batch whose columns are the positions ``rows``; padding must be zero."""
+        self.total[rows] += x.sum(0)
+
+    def means(self, count: Int[Tensor, "pos"]) -> Float[Tensor, "pos all_in"]:
+        """Mean input per position; zero where a position was never seen."""
+        return self.total / count[:, None].clamp_min(1).to(self.total)
+
+
+@dataclass
+class CrossMoments(_Sums):
+    """Sums of inputs, output gradients and their products for one matrix.
+
+    Attributes:
+        x: ``Σ_b x_bt``, input units.
+        g: ``Σ_b g_bt``, nats per output unit.
+        xg: ``Σ_bt x_bt g_btᵀ``.
+    """
+
+    x: Float[Tensor, "pos all_in"]
+    g: Float[Tensor, "pos all_out"]
+    xg: Float[Tensor, "all_in all_out"]
+
+    @classmethod
+    def zeros(cls, spectrum: Spectrum, n_pos: int) -> "CrossMoments":
+        """Empty sums for ``n_pos`` positions."""
+        x = InputMeans.zeros(spectrum, n_pos).total
+        matrix = spectrum.matrix
+        width = matrix.d_out * (matrix.n_heads if matrix.head_axis == "out" else 1)
+        return cls(x, x.new_zeros(n_pos, width), x.new_zeros(x.shape[1], width))
+
+    def update(
+        self,
+        rows: slice,
+        x: Float[Tensor, "batch pos all_in"],
+        g: Float[Tensor, "batch pos all_out"],
+    ) -> None:
+        """Add a batch whose columns are the positions ``rows``; padding must be zero."""
+        self.x[rows] += x.sum(0)
+        self.g[rows] += g.sum(0)
+        self.xg.addmm_(rearrange(x, "b p d -> d (b p)"), rearrange(g, "b p d -> (b p) d"))
+
+    def effects(
+        self, spectrum: Spectrum, n_examples: int, count: Int[Tensor, "pos"] | None
+    ) -> Float[Tensor, "head rank"]:
+        """Mean first-order effect of freezing each component, in nats.
+
+        Args:
+            spectrum: directions to project on.
+            n_examples: number of examples summed.
+            count: examples per position for the mean reference; ``None`` for references that are
+                already inside ``x`` (zero, resample).
+        """
+        effect = -self.xg
+        if count is not None:
+            effect = (InputMeans(self.x).means(count)).T @ self.g - self.xg
+        matrix = spectrum.matrix
+        per_head = split_heads(effect, matrix.n_heads, matrix.head_axis)
+        projected = (spectrum.u.transpose(-1, -2) @ per_head * spectrum.vh).sum(-1)
+        return spectrum.sigma * projected / n_examples
+
+
+@dataclass
+class EffectMoments(_Sums):
+    """Sums over examples of single effects ``e_b = Σ_t (ā_t − a_bt) g_bt``.
+
+    Attributes:
+        total: ``Σ_b e_b``, nats.
+        square: ``Σ_b e_b²``.
+        worst: largest ``(ā_t − a_bt) g_bt`` over examples and the positions that vary.
+    """
+
+    total: Float[Tensor, "head rank"]
+    square: Float[Tensor, "head rank"]
+    worst: Float[Tensor, "head rank"]
+
+    @classmethod
+    def zeros(cls, spectrum: Spectrum) -> "EffectMoments":
+        """Empty sums."""
+        zero = torch.zeros_like(spectrum.sigma)
+        return cls(zero, zero.clone(), torch.full_like(zero, -torch.inf))
+
+    def update(
+        self,
+        effect: Float[Tensor, "batch pos head rank"],
+        varies: Bool[Tensor, "batch pos"],
+    ) -> None:
+        """Add a batch of effects; padding must be zero, and is not among what ``varies``."""
+        example = reduce(effect, "batch pos head rank -> batch head rank", "sum")
+        self.total += example.sum(0)
+        self.square += example.square().sum(0)
+        candidates = effect[varies]
+        if len(candidates):
+            self.worst = torch.maximum(self.worst, candidates.amax(0))
+
+    def std(self, n_examples: int) -> Float[Tensor, "head rank"]:
+        """Standard deviation of the effect over examples (``n − 1`` in the denominator)."""
+        spread = self.square - self.total.square() / n_examples
+        return (spread.clamp_min(0) / max(1, n_examples - 1)).sqrt()

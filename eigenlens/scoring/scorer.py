@@ -1,0 +1,409 @@
+"""The passes over the data that fill the accumulators, through TransformerLens' hooks.
+
+Sign: ``delta_loss < 0`` predicts that freezing the component lowers the loss.
+Cost: one forward and one backward pass per batch; criteria ``max`` and ``ucb`` and standard errors
+take one forward pass more, for the means that single effects are measured against.
+Memory: per matrix the sums of :mod:`eigenlens.scoring.accumulators`, whatever the number of
+examples; inputs of a batch are held until the backward pass has used them.
+Source: Eigenpruning (arXiv 2404.03147), section 3; attribution patching (Nanda, 2023).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.matrices import weight_matrices
+from eigenlens.metrics import Metric, answer_logits, answer_loss
+from eigenlens.provenance import Provenance, text_hash
+from eigenlens.scoring.accumulators import CrossMoments, EffectMoments, InputMeans
+from eigenlens.scoring.scores import CRITERIA, REFERENCES, Criterion, Reference, Scores
+from eigenlens.spectra import Spectra, Spectrum
+from eigenlens.tasks.batches import Batch, make_batches
+
+Handler = Callable[[Spectrum, Float[Tensor, "batch pos all_in"]], None]
+GradHandler = Callable[
+    [Spectrum, Float[Tensor, "batch pos all_in"], Float[Tensor, "batch pos all_out"]], None
+]
+
+
+def score(
+    model: TransformerBridge,
+    spectra: Spectra,
+    data: Dataset,
+    *,
+    criterion: Criterion = "mean",
+    reference: Reference = "mean",
+    metric: Metric = answer_loss,
+    stderr: bool = False,
+    z: float = 1.0,
+    matrices: Iterable[str] | None = None,
+    layers: Iterable[int] | None = None,
+    batch_size: int = 50,
+    seed: int = 0,
+    progress: bool = True,
+) -> Scores:
+    """Score the effect of freezing every component on a metric.
+
+    Args:
+        model: in eval mode.
+        spectra: its decomposition.
+        data: examples with the columns ``prompt`` and ``answer``.
+        criterion: what ranks components: ``mean`` effect over examples, ``max`` (worst effect over
+            examples and positions), ``ucb`` (mean + ``z`` · standard deviation).
+        reference: what freezing puts in place of an activation: its per-position ``mean``,
+            ``zero``, or that of another example of the batch (``resample``).
+        metric: a number per example from ``(logits at the answer positions, batch)``; the loss
+            (negative log-likelihood of the answer, nats) by default.
+        stderr: also compute standard errors over examples.
+        z: standard deviations that ``ucb`` adds.
+        matrices, layers: score only these of ``spectra``.
+        batch_size: examples per pass.
+        seed: of the resampling.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an unknown criterion, reference, matrix kind or layer; a model in training mode
+            or with other weights than ``spectra``; an empty or untokenisable data set; prompts
+            longer than the context; ``resample`` with a batch of one; NaN or infinite activations.
+    """
+    _check_choice("criterion", criterion, CRITERIA)
+    _check_choice("reference", reference, REFERENCES)
+    provenance = Provenance.of(model, task_hash=text_hash(data.to_list()), seed=seed)
+    _check_model(model, spectra, provenance)
+    chosen = _chosen(model, spectra, matrices, layers)
+    batches = make_batches(data, model, batch_size, smallest=2 if reference == "resample" else 1)
+    scorer = _Scorer(model, chosen, batches, reference, metric, seed, progress)
+    if criterion == "mean" and not stderr:
+        components = scorer.streaming()
+    else:
+        components = scorer.per_example()
+    return Scores(
+        components=components,
+        mean_activation=scorer.mean_activation(),
+        positions=scorer.positions,
+        count=scorer.count.cpu().numpy(),
+        criterion=criterion,
+        reference=reference,
+        n_examples=len(data),
+        provenance=provenance,
+        z=z,
+        spectra=spectra,
+    )
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"Unknown {name} {value!r}; choose from {', '.join(known)}.")
+
+
+def _check_model(model: TransformerBridge, spectra: Spectra, provenance: Provenance) -> None:
+    if model.training or model.original_model.training:
+        raise ValueError("The model is in training mode, where dropout is random: call model.eval().")
+    if spectra.provenance.model_fingerprint != provenance.model_fingerprint:
+        raise ValueError("The spectra belong to a model with other weights: call decompose again.")
+
+
+def _chosen(
+    model: TransformerBridge,
+    spectra: Spectra,
+    matrices: Iterable[str] | None,
+    layers: Iterable[int] | None,
+) -> list[Spectrum]:
+    if matrices is None and layers is None:
+        return list(spectra.values())
+    names = [matrix.name for matrix in weight_matrices(model, matrices, layers)]
+    chosen = [spectra[name] for name in names if name in spectra]
+    if not chosen:
+        raise ValueError(f"None of {', '.join(names[:3])} … is in the spectra: decompose them.")
+    return chosen
+
+
+def position_range(batches: Sequence[Batch]) -> range:
+    """All positions that occur, counted from the end of the prompt."""
+    return range(
+        min(batch.positions.start for batch in batches),
+        max(batch.positions.stop for batch in batches),
+    )
+
+
+def position_counts(batches: Sequence[Batch], positions: range) -> Int[Tensor, "pos"]:
+    """Number of examples with a token at each position."""
+    count = torch.zeros(len(positions), dtype=torch.int64, device=batches[0].tokens.device)
+    for batch in batches:
+        count[position_rows(batch, positions)] += batch.attention_mask.sum(0)
+    return count
+
+
+def position_rows(batch: Batch, positions: range) -> slice:
+    """Rows of per-position sums that the columns of ``batch`` belong to."""
+    start = batch.positions.start - positions.start
+    return slice(start, start + len(batch.positions))
+
+
+def varying_positions(batches: Sequence[Batch], positions: range) -> Bool[Tensor, "pos"]:
+    """Positions that at least two examples reach by different tokens.
+
+    Elsewhere every activation equals its mean, and an effect of exactly zero says nothing: a
+    maximum over such positions would hide harm.
+    """
+    prefixes: list[set[int]] = [set() for _ in positions]
+    for batch in batches:
+        first = position_rows(batch, positions).start
+        rows = zip(batch.tokens.tolist(), batch.attention_mask.tolist(), strict=True)
+        for tokens, there in rows:
+            prefix = 0
+            for column, token in enumerate(tokens):
+                if there[column]:
+                    prefix = hash((prefix, token))
+                    prefixes[first + column].add(prefix)
+    return torch.tensor([len(seen) > 1 for seen in prefixes])
+
+
+class _Scorer:
+    """One scoring run: the batches, their positions, and the sums per matrix."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        spectra: list[Spectrum],
+        batches: list[Batch],
+        reference: Reference,
+        metric: Metric,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        self.model = model
+        self.spectra = spectra
+        self.batches = batches
+        self.reference = reference
+        self.metric = metric
+        self.progress = progress
+        self.generator = torch.Generator().manual_seed(seed)
+        self.positions = position_range(batches)
+        self.count = position_counts(batches, self.positions)
+        self.n_examples = sum(len(batch) for batch in batches)
+        self.inputs = {
+            s.matrix.name: InputMeans.zeros(s, len(self.positions)) for s in spectra
+        }
+
+    def streaming(self) -> pd.DataFrame:
+        """Mean effects from one forward and one backward pass per batch."""
+        moments = {s.matrix.name: CrossMoments.zeros(s, len(self.positions)) for s in self.spectra}
+        for batch in self._bar("score"):
+            partner = self._partner(batch)
+            rows = position_rows(batch, self.positions)
+
+            def add(
+                spectrum: Spectrum,
+                x: Tensor,
+                g: Tensor,
+                rows: slice = rows,
+                batch: Batch = batch,
+                partner: Tensor | None = partner,
+            ) -> None:
+                x, g = _without_padding(x, batch), _without_padding(g, batch)
+                self.inputs[spectrum.matrix.name].update(rows, x)
+                if partner is not None:
+                    x = x - _resampled(x, batch, partner)
+                moments[spectrum.matrix.name].update(rows, x, g)
+
+            forward_backward(self.model, self.spectra, batch, self.metric, add)
+        count = self.count if self.reference == "mean" else None
+        effects = [
+            moments[s.matrix.name].effects(s, self.n_examples, count) for s in self.spectra
+        ]
+        return _component_table(self.spectra, {"effect": effects})
+
+    def per_example(self) -> pd.DataFrame:
+        """Mean, spread and worst of single effects; takes a forward pass for the means first."""
+        for batch in self._bar("means"):
+            rows = position_rows(batch, self.positions)
+            record_inputs(self.model, self.spectra, batch, partial(self._add_inputs, batch, rows))
+        means = {s.matrix.name: self._mean_reads(s) for s in self.spectra}
+        varies = varying_positions(self.batches, self.positions).to(self.count.device)
+        if not varies.any():
+            raise ValueError("All examples have the same prompt: no activation varies.")
+        moments = {s.matrix.name: EffectMoments.zeros(s) for s in self.spectra}
+        for batch in self._bar("score"):
+            partner = self._partner(batch)
+            rows = position_rows(batch, self.positions)
+            here = varies[rows] & batch.attention_mask
+
+            def add(
+                spectrum: Spectrum,
+                x: Tensor,
+                g: Tensor,
+                rows: slice = rows,
+                batch: Batch = batch,
+                partner: Tensor | None = partner,
+                here: Tensor = here,
+            ) -> None:
+                name = spectrum.matrix.name
+                a = spectrum.reads(x)
+                if partner is not None:
+                    reference = _resampled(a, batch, partner)
+                elif self.reference == "mean":
+                    reference = means[name][rows]
+                else:
+                    reference = torch.zeros_like(a)
+                effect = (reference - a) * spectrum.writes(g)
+                moments[name].update(_without_padding(effect, batch), here)
+
+            forward_backward(self.model, self.spectra, batch, self.metric, add)
+        found = [moments[s.matrix.name] for s in self.spectra]
+        return _component_table(
+            self.spectra,
+            {
+                "effect": [m.total / self.n_examples for m in found],
+                "std": [m.std(self.n_examples) for m in found],
+                "worst": [m.worst for m in found],
+            },
+        )
+
+    def mean_activation(self) -> np.ndarray:
+        """Mean projected activations, ``[component, position]``; zero for the zero reference."""
+        blocks = []
+        for spectrum in self.spectra:
+            means = self._mean_reads(spectrum)
+            if self.reference == "zero":
+                means = torch.zeros_like(means)
+            blocks.append(means.flatten(1).T.cpu().numpy())
+        return np.concatenate(blocks)
+
+    def _mean_reads(self, spectrum: Spectrum) -> Float[Tensor, "pos head rank"]:
+        return spectrum.reads(self.inputs[spectrum.matrix.name].means(self.count))
+
+    def _add_inputs(self, batch: Batch, rows: slice, spectrum: Spectrum, x: Tensor) -> None:
+        self.inputs[spectrum.matrix.name].update(rows, _without_padding(x, batch))
+
+    def _partner(self, batch: Batch) -> Int[Tensor, "batch"] | None:
+        """For ``resample``: another example of the batch for each (a rotation by a random step)."""
+        if self.reference != "resample":
+            return None
+        step = int(torch.randint(1, len(batch), (), generator=self.generator))
+        return torch.arange(len(batch), device=batch.tokens.device).roll(step)
+
+    def _bar(self, name: str) -> Iterator[Batch]:
+        return iter(tqdm(self.batches, desc=name, unit="batch", disable=not self.progress))
+
+
+def _without_padding(values: Tensor, batch: Batch) -> Tensor:
+    if not batch.is_padded:
+        return values
+    mask = batch.attention_mask.view(*batch.attention_mask.shape, *[1] * (values.ndim - 2))
+    return torch.where(mask, values, 0)
+
+
+def _resampled(values: Tensor, batch: Batch, partner: Tensor) -> Tensor:
+    """Values of the partner, and one's own where the partner has no token."""
+    there = batch.attention_mask[partner]
+    mask = there.view(*there.shape, *[1] * (values.ndim - 2))
+    return torch.where(mask, values[partner], values)
+
+
+def _component_table(spectra: list[Spectrum], statistics: dict[str, list[Tensor]]) -> pd.DataFrame:
+    def column(parts: Iterable[Tensor]) -> np.ndarray:
+        return torch.cat([part.flatten() for part in parts]).double().cpu().numpy()
+
+    sizes = [s.sigma.numel() for s in spectra]
+    table = pd.DataFrame(
+        {
+            "layer": np.repeat([s.matrix.layer for s in spectra], sizes),
+            "matrix": np.repeat([s.matrix.kind for s in spectra], sizes),
+            "head": np.concatenate(
+                [np.repeat(np.arange(s.sigma.shape[0]), s.sigma.shape[1]) for s in spectra]
+            ),
+            "index": np.concatenate(
+                [np.tile(np.arange(s.sigma.shape[1]), s.sigma.shape[0]) for s in spectra]
+            ),
+            "sigma": column(s.sigma for s in spectra),
+        }
+    )
+    for name in ("effect", "std", "worst"):
+        table[name] = column(statistics[name]) if name in statistics else np.nan
+    return table
+
+
+def record_inputs(
+    model: TransformerBridge, spectra: Iterable[Spectrum], batch: Batch, handle: Handler
+) -> None:
+    """Run ``batch`` forward and hand every matrix's input to ``handle(spectrum, x)``."""
+    hooks = [
+        (s.matrix.hook_in, partial(_on_input, s, handle))
+        for s in spectra
+    ]
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        _check_finite(answer_logits(model, batch), "logits", batch)
+
+
+def _on_input(spectrum: Spectrum, handle: Handler, value: Tensor, hook: Any) -> None:
+    handle(spectrum, _flat(value, spectrum))
+
+
+def forward_backward(
+    model: TransformerBridge,
+    spectra: Iterable[Spectrum],
+    batch: Batch,
+    metric: Metric,
+    handle: GradHandler,
+) -> Float[Tensor, "batch"]:
+    """One forward and one backward pass of the summed metric.
+
+    Every matrix's input and output gradient go to ``handle(spectrum, x, ∂metric/∂y)`` as the
+    backward pass reaches it. No gradient of a weight is computed, and nothing below the first
+    matrix is differentiated.
+
+    Returns:
+        The metric of each example.
+    """
+    spectra = list(spectra)
+    held: dict[str, Tensor] = {}
+
+    def keep(spectrum: Spectrum, value: Tensor, hook: Any) -> None:
+        held[spectrum.matrix.name] = _flat(value.detach(), spectrum)
+
+    def consume(spectrum: Spectrum, grad: Tensor, hook: Any) -> None:
+        x = held.pop(spectrum.matrix.name)
+        handle(spectrum, x, _flat(grad.detach(), spectrum))
+
+    leaves: list[Tensor] = []
+
+    def start(value: Tensor, hook: Any) -> Tensor:
+        leaves.append(value.detach().requires_grad_())
+        return leaves[-1]
+
+    first = min(s.matrix.layer for s in spectra)
+    fwd = [(f"blocks.{first}.hook_in", start)]
+    fwd += [(s.matrix.hook_in, partial(keep, s)) for s in spectra]
+    bwd = [(s.matrix.hook_out, partial(consume, s)) for s in spectra]
+    with torch.enable_grad(), model.hooks(fwd_hooks=fwd, bwd_hooks=bwd):
+        logits = answer_logits(model, batch)
+        values = metric(logits if logits.dtype == torch.float64 else logits.float(), batch)
+        _check_finite(values, "metric", batch)
+        # grad() of the leaf, not backward(): weights that require gradients get none.
+        torch.autograd.grad(values.sum(), leaves)
+    return values.detach()
+
+
+def _flat(value: Tensor, spectrum: Spectrum) -> Tensor:
+    """Heads side by side, in the precision of the sums."""
+    return value.flatten(2).to(spectrum.sigma.dtype)
+
+
+def _check_finite(values: Tensor, what: str, batch: Batch) -> None:
+    finite = torch.isfinite(values.flatten(1).sum(1) if values.ndim > 1 else values)
+    if not finite.all():
+        example = batch.indices[int((~finite).nonzero()[0])]
+        raise ValueError(
+            f"The {what} of example {example} is NaN or infinite: the model's activations overflow "
+            "or hold NaN. Try dtype=float32, and check the weights."
+        )

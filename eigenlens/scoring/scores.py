@@ -1,0 +1,140 @@
+"""The scores of every component, and what the frozen bias of each will need."""
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+
+from eigenlens.files import FileFormatError, load_table, save_table
+from eigenlens.provenance import Provenance
+from eigenlens.spectra import Spectra
+
+Criterion = Literal["mean", "max", "ucb"]
+Reference = Literal["mean", "zero", "resample"]
+CRITERIA: tuple[str, ...] = get_args(Criterion)
+REFERENCES: tuple[str, ...] = get_args(Reference)
+COMPONENT = ["layer", "matrix", "head", "index"]
+_STATISTICS = ["effect", "std", "worst"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """First-order scores: a negative ``delta_loss`` predicts that freezing lowers the loss.
+
+    Attributes:
+        components: one row per component: ``layer, matrix, head, index, sigma``, and the mean
+            ``effect``, its ``std`` over examples and the ``worst`` single effect, in nats (the
+            last two are NaN unless a criterion or standard errors asked for them).
+        mean_activation: mean projected activation per component and position, ``[component,
+            position]``: the value that freezing puts in place of the activation.
+        positions: the positions of its columns, counted from the end of the prompt.
+        count: how many examples had a token at each position.
+        criterion: what ``delta_loss`` is: ``mean`` effect, ``max`` (worst single effect), or
+            ``ucb`` (mean + z · std).
+        reference: the value that freezing puts in place: per-position mean, zero, or resample.
+        n_examples: examples scored.
+        provenance: model, task, seed and versions.
+        z: standard deviations that ``ucb`` adds.
+        spectra: the decomposition that was scored (not saved).
+    """
+
+    components: pd.DataFrame
+    mean_activation: np.ndarray
+    positions: range
+    count: np.ndarray
+    criterion: str
+    reference: str
+    n_examples: int
+    provenance: Provenance
+    z: float = 1.0
+    spectra: Spectra | None = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.components)
+
+    @property
+    def delta_loss(self) -> np.ndarray:
+        """The criterion's value per component, in nats."""
+        c = self.components
+        values = {
+            "mean": c["effect"],
+            "max": c["worst"],
+            "ucb": c["effect"] + self.z * c["std"],
+        }[self.criterion]
+        return values.to_numpy()
+
+    @property
+    def stderr(self) -> np.ndarray:
+        """Standard error of the mean effect over examples, in nats; NaN unless asked for."""
+        return (self.components["std"] / np.sqrt(self.n_examples)).to_numpy()
+
+    def with_criterion(self, criterion: Criterion, z: float | None = None) -> "Scores":
+        """The same scores ranked by another criterion.
+
+        Raises:
+            ValueError: the criterion needs per-example effects, which were not computed.
+        """
+        if criterion not in CRITERIA:
+            raise ValueError(f"Unknown criterion {criterion!r}; choose from {', '.join(CRITERIA)}.")
+        if criterion != "mean" and self.components["std"].isna().all():
+            raise ValueError(
+                f"criterion={criterion!r} needs per-example effects: "
+                "score again with this criterion or with stderr=True."
+            )
+        return replace(self, criterion=criterion, z=self.z if z is None else z)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Columns ``layer, matrix, head, index, sigma, delta_loss, stderr``."""
+        return self.components[[*COMPONENT, "sigma"]].assign(
+            delta_loss=self.delta_loss, stderr=self.stderr
+        )
+
+    def _repr_html_(self) -> str:
+        table = self.to_pandas().sort_values("delta_loss")
+        note = (
+            f"{len(self):,} components, criterion {self.criterion}, reference {self.reference}, "
+            f"{self.n_examples} examples. delta_loss &lt; 0 predicts that freezing lowers the loss."
+        )
+        return f"<p>{note}</p>{table.head(10).to_html(index=False)}"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one parquet file; its table has the columns of ``to_pandas`` and more."""
+        table = self.to_pandas().join(self.components[_STATISTICS])
+        table["mean_activation"] = list(self.mean_activation)
+        metadata: dict[str, Any] = {
+            "positions": [self.positions.start, self.positions.stop],
+            "count": self.count.tolist(),
+            "criterion": self.criterion,
+            "reference": self.reference,
+            "n_examples": self.n_examples,
+            "z": self.z,
+            "provenance": self.provenance.model_dump(),
+        }
+        save_table(path, "scores", table, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Scores":
+        """Read back what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: the file is truncated, foreign, or lacks a column.
+        """
+        table, metadata = load_table(path, "scores")
+        columns = [*COMPONENT, "sigma", *_STATISTICS]
+        missing = {*columns, "mean_activation"} - set(table.columns)
+        if missing:
+            raise FileFormatError(f"{path} lacks the columns {', '.join(sorted(missing))}.")
+        return cls(
+            components=table[columns],
+            mean_activation=np.stack(table["mean_activation"].to_list()),
+            positions=range(*metadata["positions"]),
+            count=np.array(metadata["count"]),
+            criterion=metadata["criterion"],
+            reference=metadata["reference"],
+            n_examples=metadata["n_examples"],
+            provenance=Provenance(**metadata["provenance"]),
+            z=metadata["z"],
+        )

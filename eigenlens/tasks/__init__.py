@@ -1,0 +1,7 @@
+"""Tasks: prompts with answers, split by seed, and the batches that models read."""
+
+from eigenlens.tasks.batches import Batch, make_batches
+from eigenlens.tasks.registry import TASKS, load_task
+from eigenlens.tasks.task import Task, UnknownTaskError
+
+__all__ = ["TASKS", "Batch", "Task", "UnknownTaskError", "load_task", "make_batches"]

@@ -1,0 +1,106 @@
+"""Integer addition and multiplication with the prompts of the paper.
+
+``"{a} + {b} ="`` → ``" {a + b}"`` and ``"{a} x {b} ="`` → ``" {a * b}"``. The pairs (a, b) and
+(b, a) always land in the same split, so that no test answer was seen in training.
+"""
+
+import operator
+import random
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from eigenlens.tasks.task import Task, to_dataset
+
+_SHARES = {"n_train": (0.6, 300), "n_validation": (0.2, 100), "n_test": (0.2, 100)}
+_OPERATORS: dict[str, tuple[str, Callable[[int, int], int]]] = {
+    "int_add": ("+", operator.add),
+    "int_mult": ("x", operator.mul),
+}
+
+
+class ArithmeticConfig(BaseModel):
+    """Arguments of ``int_add`` and ``int_mult``.
+
+    Sizes that are not given are 60, 20 and 20 % of all pairs, at most 300, 100 and 100.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low: int = Field(default=0, ge=0, description="smallest operand")
+    high: int = Field(gt=0, description="operands are below this number")
+    n_train: int | None = Field(default=None, ge=1)
+    n_validation: int | None = Field(default=None, ge=1)
+    n_test: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "ArithmeticConfig":
+        if self.high - self.low < 3:
+            raise ValueError(f"high={self.high} must be at least low={self.low} + 3.")
+        pairs = (self.high - self.low) ** 2
+        wanted = sum(self.sizes.values())
+        if wanted > pairs:
+            raise ValueError(f"{wanted} examples were asked for, but there are {pairs} pairs.")
+        return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of examples of each split."""
+        pairs = (self.high - self.low) ** 2
+        return {
+            name: getattr(self, name) or max(1, min(cap, int(share * pairs)))
+            for name, (share, cap) in _SHARES.items()
+        }
+
+
+def int_add(*, low: int = 0, high: int = 100, **arguments: Any) -> Task:
+    """Integer addition, operands in ``low … high - 1``."""
+    return _arithmetic("int_add", ArithmeticConfig(low=low, high=high, **arguments))
+
+
+def int_mult(*, low: int = 0, high: int = 20, **arguments: Any) -> Task:
+    """Integer multiplication, operands in ``low … high - 1``."""
+    return _arithmetic("int_mult", ArithmeticConfig(low=low, high=high, **arguments))
+
+
+def _arithmetic(name: str, config: ArithmeticConfig) -> Task:
+    sign, compute = _OPERATORS[name]
+    splits = split_pairs(config.low, config.high, list(config.sizes.values()), config.seed)
+    train, validation, test = (
+        to_dataset(
+            [{"prompt": f"{a} {sign} {b} =", "answer": f" {compute(a, b)}"} for a, b in pairs]
+        )
+        for pairs in splits
+    )
+    return Task(name, train, validation, test, config.model_dump())
+
+
+def split_pairs(low: int, high: int, sizes: list[int], seed: int) -> list[list[tuple[int, int]]]:
+    """Disjoint lists of ordered pairs, of exactly these sizes.
+
+    (a, b) and (b, a) are never in different lists. Where a list is one short of its size and only
+    twins are left, one of two twins is left out.
+    """
+    rng = random.Random(seed)
+    pool = [{(a, b), (b, a)} for a in range(low, high) for b in range(a, high)]
+    rng.shuffle(pool)
+    lists = [_take(pool, size) for size in sizes]
+    for pairs in lists:
+        rng.shuffle(pairs)
+    return lists
+
+
+def _take(pool: list[set[tuple[int, int]]], size: int) -> list[tuple[int, int]]:
+    """Move groups from the front of ``pool`` into a list of exactly ``size`` pairs."""
+    pairs: list[tuple[int, int]] = []
+    left = []
+    for group in pool:
+        fits = len(pairs) + len(group) <= size
+        pairs += sorted(group) if fits else []
+        left += [] if fits else [group]
+    if len(pairs) < size:
+        pairs.append(min(left.pop(0)))
+    pool[:] = left
+    return pairs

@@ -1,0 +1,169 @@
+"""From prompts and answers to the padded batches that models read.
+
+Prompts are padded on the left and answers on the right, so that one column of a batch is one
+position counted from the end of the prompt: …, −2, −1 for prompt tokens and 0, 1, … for answer
+tokens. The last answer token is predicted, not read.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one example."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples that go through the model together.
+
+    Attributes:
+        tokens: what the model reads; columns ``n_prompt - 1`` and later predict the answer.
+        attention_mask: true where a token is really there.
+        answer: the answer tokens to predict.
+        answer_mask: true where the answer has a token.
+        n_prompt: columns that belong to the prompt.
+        indices: row of each example in the data set.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    attention_mask: Bool[Tensor, "batch pos"]
+    answer: Int[Tensor, "batch answer"]
+    answer_mask: Bool[Tensor, "batch answer"]
+    n_prompt: int
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def positions(self) -> range:
+        """Position of each column, counted from the end of the prompt."""
+        return range(-self.n_prompt, self.tokens.shape[1] - self.n_prompt)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any column is padding in any row."""
+        return not bool(self.attention_mask.all())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        tensors = (self.tokens, self.attention_mask, self.answer, self.answer_mask)
+        return Batch(*(t.to(device) for t in tensors), self.n_prompt, self.indices)
+
+
+def tokenise(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool = False
+) -> list[Encoded]:
+    """Token ids of every example of ``data``.
+
+    Prompt and answer are tokenised together where that splits at their border (as the text would
+    be read), and on their own otherwise.
+
+    Raises:
+        ValueError: an example whose prompt or answer tokenises to nothing, or no example at all.
+    """
+    if len(data) == 0:
+        raise ValueError("The data set is empty.")
+    prompts, answers = list(data["prompt"]), list(data["answer"])
+    bos = [tokenizer.bos_token_id] if prepend_bos else []
+    encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
+    alone = encode(prompts)
+    joint = encode([p + a for p, a in zip(prompts, answers, strict=True)])
+    encoded = []
+    for row, (prompt, both) in enumerate(zip(alone, joint, strict=True)):
+        fits = both[: len(prompt)] == prompt
+        answer = both[len(prompt) :] if fits else encode([answers[row]])[0]
+        if not answer or not (bos or prompt):
+            part = "answer" if not answer else "prompt"
+            raise ValueError(
+                f"Example {row}: the {part} {data[row][part]!r} tokenises to nothing."
+            )
+        encoded.append(Encoded(bos + prompt, answer))
+    return encoded
+
+
+def make_batches(
+    data: Dataset,
+    model: TransformerBridge,
+    batch_size: int,
+    *,
+    smallest: int = 1,
+) -> list[Batch]:
+    """Tokenise ``data`` for ``model`` and cut it into batches of similar length.
+
+    Args:
+        data: columns ``prompt`` and ``answer``.
+        model: gives tokenizer, context length, device and whether a beginning-of-sequence token
+            is prepended (``model.cfg.default_prepend_bos``).
+        batch_size: most examples in a batch.
+        smallest: fewest examples in a batch; batches grow a little where needed.
+
+    Raises:
+        ValueError: ``batch_size`` below ``smallest``, fewer than ``smallest`` examples, an example
+            longer than the model's context, or one that tokenises to nothing.
+    """
+    if batch_size < max(1, smallest) or len(data) < smallest:
+        raise ValueError(
+            f"batch_size={batch_size} with {len(data)} examples: "
+            f"batches of at least {max(1, smallest)} are needed here."
+        )
+    encoded = tokenise(data, model.tokenizer, prepend_bos=bool(model.cfg.default_prepend_bos))
+    _check_context(encoded, model.cfg.n_ctx)
+    pad = model.tokenizer.pad_token_id or 0
+    return [
+        _collate(encoded, rows, pad).to(model.cfg.device)
+        for rows in _chunks(encoded, batch_size, smallest)
+    ]
+
+
+def _check_context(encoded: Sequence[Encoded], n_ctx: int) -> None:
+    for row, example in enumerate(encoded):
+        length = len(example.prompt) + len(example.answer)
+        if length > n_ctx:
+            raise ValueError(
+                f"Example {row} has {length} tokens, but the model's context holds {n_ctx}."
+            )
+
+
+def _chunks(encoded: Sequence[Encoded], batch_size: int, smallest: int) -> Iterator[list[int]]:
+    order = sorted(
+        range(len(encoded)), key=lambda row: (len(encoded[row].prompt), len(encoded[row].answer))
+    )
+    n_batches = min(-(-len(order) // batch_size), len(order) // smallest)
+    return (chunk.tolist() for chunk in np.array_split(order, n_batches))
+
+
+def _collate(encoded: Sequence[Encoded], rows: list[int], pad: int) -> Batch:
+    n_prompt = max(len(encoded[row].prompt) for row in rows)
+    n_answer = max(len(encoded[row].answer) for row in rows)
+    tokens = torch.full((len(rows), n_prompt + n_answer - 1), pad)
+    answer = torch.full((len(rows), n_answer), pad)
+    for line, row in enumerate(rows):
+        prompt, reply = encoded[row].prompt, encoded[row].answer
+        first, last = n_prompt - len(prompt), n_prompt + len(reply) - 1
+        tokens[line, first:last] = torch.tensor(prompt + reply[:-1])
+        answer[line, : len(reply)] = torch.tensor(reply)
+    lengths = torch.tensor([[len(encoded[r].prompt), len(encoded[r].answer)] for r in rows])
+    column = torch.arange(-n_prompt, n_answer - 1)
+    there = (column >= -lengths[:, :1]) & (column < lengths[:, 1:] - 1)
+    return Batch(
+        tokens=tokens,
+        attention_mask=there,
+        answer=answer,
+        answer_mask=torch.arange(n_answer) < lengths[:, 1:],
+        n_prompt=n_prompt,
+        indices=list(rows),
+    )

@@ -1,0 +1,41 @@
+"""The tasks by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from eigenlens.tasks.arithmetic import int_add, int_mult
+from eigenlens.tasks.batches import tokenise
+from eigenlens.tasks.task import Task, UnknownTaskError
+
+TASKS: dict[str, Callable[..., Task]] = {"int_add": int_add, "int_mult": int_mult}
+
+
+def load_task(name: str, tokenizer: PreTrainedTokenizerBase | None = None, **arguments: Any) -> Task:
+    """Build a task.
+
+    Args:
+        name: a key of :data:`TASKS`.
+        tokenizer: the model's; when given, every example is checked to tokenise.
+        **arguments: the task's own, such as ``low``, ``high``, ``n_train`` and ``seed``.
+
+    Raises:
+        UnknownTaskError: no such task.
+        ValueError: an argument that the task does not take or allow, or an answer that
+            tokenises to nothing.
+    """
+    if name not in TASKS:
+        raise UnknownTaskError(f"Unknown task {name!r}; choose from {', '.join(sorted(TASKS))}.")
+    try:
+        task = TASKS[name](**arguments)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'arguments'}: {e['msg']}" for e in error.errors()
+        )
+        raise ValueError(f"Task {name!r}: {problems}.") from error
+    if tokenizer is not None:
+        for split in (task.train, task.validation, task.test):
+            tokenise(split, tokenizer)
+    return task
