@@ -1,9 +1,11 @@
 """eigenlens: find, freeze and explain the singular directions of transformer weights."""
 
+from eigenlens import plots
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.matrices import weight_matrices
 from eigenlens.models import load_model
+from eigenlens.pipeline import EigenpruneConfig, EigenpruneResult, eigenprune
 from eigenlens.scoring import Scores, score
 from eigenlens.selection import select
 from eigenlens.spectra import Spectra, decompose
@@ -11,6 +13,8 @@ from eigenlens.tasks import Task, load_task
 
 __all__ = [
     "Comparison",
+    "EigenpruneConfig",
+    "EigenpruneResult",
     "Evaluation",
     "FrozenSet",
     "Scores",
@@ -18,10 +22,12 @@ __all__ = [
     "Task",
     "compare",
     "decompose",
+    "eigenprune",
     "evaluate",
     "freeze",
     "load_model",
     "load_task",
+    "plots",
     "score",
     "select",
     "weight_matrices",

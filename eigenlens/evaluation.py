@@ -129,7 +129,9 @@ def evaluate(
             or fit the context; an answer that is not among its candidates.
     """
     if model.training or model.original_model.training:
-        raise ValueError("The model is in training mode, where dropout is random: call model.eval().")
+        raise ValueError(
+            "The model is in training mode, where dropout is random: call model.eval()."
+        )
     _check_candidates(data)
     rows: dict[int, dict[str, Any]] = {}
     batches = make_batches(data, model, batch_size)

@@ -1,7 +1,7 @@
 """Freezing: make the effect of chosen components independent of the input.
 
-Component i of a map ``y = x W + b`` is frozen with strength z by ``y'_t = y_t + z (x̄_t − x_t) E_i``:
-its input-dependent part is taken away and its mean at position t is added as a bias. z = 1 freezes,
+Component i of a map ``y = x W + b`` is frozen with strength z by
+``y'_t = y_t + z (x̄_t − x_t) E_i``: its input-dependent part is taken away and its mean at position t is added as a bias. z = 1 freezes,
 0 < z < 1 attenuates. Positions are counted from the end of the prompt; a position that calibration
 never saw gets the mean over positions.
 
@@ -248,10 +248,12 @@ class _MatrixEdit:
     outputs: Float[Tensor, "k all_out"] | None
     bias: Float[Tensor, "rows all_out"]
     first: int
-    rows: Int[Tensor, "rows"]
+    rows: Int[Tensor, " rows"]
     x: Tensor | None = None
 
-    def attach(self, model: TransformerBridge, tracker: PositionTracker) -> list[Callable[[], None]]:
+    def attach(
+        self, model: TransformerBridge, tracker: PositionTracker
+    ) -> list[Callable[[], None]]:
         hooks: list[tuple[str, Callable[..., Any]]] = [
             (self.matrix.hook_in, self._keep),
             (self.matrix.hook_out, partial(self._correct, tracker)),
@@ -297,20 +299,20 @@ def _edits(model: TransformerBridge, frozen: FrozenSet) -> list[_MatrixEdit]:
         spectra = decompose(
             model, sorted(set(table["matrix"])), sorted(set(table["layer"])), progress=False
         )
-    groups = table.groupby(["layer", "matrix"], sort=True).indices
+    names = "blocks." + table["layer"].astype(str) + "." + table["matrix"]
     return [
-        _matrix_edit(spectra[f"blocks.{layer}.{kind}"], frozen, np.asarray(rows))
-        for (layer, kind), rows in groups.items()  # type: ignore[misc]
+        _matrix_edit(spectra[name], frozen, np.flatnonzero(names == name))
+        for name in dict.fromkeys(names)
     ]
 
 
 def _matrix_edit(spectrum: Spectrum, frozen: FrozenSet, rows: np.ndarray) -> _MatrixEdit:
     weight = spectrum.matrix.flat_weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    as_tensor = partial(torch.as_tensor, dtype=dtype, device=weight.device)
+    as_tensor = partial(torch.tensor, dtype=dtype, device=weight.device)
     chosen = frozen.components.iloc[rows]
     head, index = chosen["head"].to_numpy(), chosen["index"].to_numpy()
-    strength = as_tensor(chosen["strength"].to_numpy(np.float64))
+    strength = as_tensor(chosen["strength"].to_list())
     reads, writes = flat_directions(spectrum, head, index)
     reads, writes = reads.to(dtype), writes.to(dtype)
     mean = np.concatenate([frozen.mean_activation[rows], frozen.fallback[rows, None]], axis=1)
@@ -335,8 +337,8 @@ def flat_directions(
 ) -> tuple[Float[Tensor, "all_in k"], Float[Tensor, "k all_out"]]:
     """``σ_i u_i`` as columns and ``v_i`` as rows in the space of all heads side by side."""
     matrix = spectrum.matrix
-    heads = torch.as_tensor(head, device=spectrum.u.device)
-    indices = torch.as_tensor(index, device=spectrum.u.device)
+    heads = torch.tensor(head, device=spectrum.u.device)
+    indices = torch.tensor(index, device=spectrum.u.device)
     reads = (spectrum.u[heads, :, indices] * spectrum.sigma[heads, indices, None]).T
     writes = spectrum.vh[heads, indices]
     if matrix.head_axis == "in":
@@ -347,7 +349,7 @@ def flat_directions(
 
 
 def _in_block_of(
-    vectors: Float[Tensor, "k width"], heads: Int[Tensor, "k"], n_heads: int
+    vectors: Float[Tensor, "k width"], heads: Int[Tensor, " k"], n_heads: int
 ) -> Float[Tensor, "k all_width"]:
     wide = vectors.new_zeros(len(vectors), n_heads, vectors.shape[1])
     wide[torch.arange(len(vectors), device=vectors.device), heads] = vectors

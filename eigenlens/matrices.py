@@ -89,7 +89,7 @@ class WeightMatrix:
         return split_heads(self.flat_weight, self.n_heads, self.head_axis)
 
     @property
-    def bias(self) -> Float[Tensor, "all_out"] | None:
+    def bias(self) -> Float[Tensor, " all_out"] | None:
         """The bias of the whole map, or ``None``."""
         bias = getattr(self.module, "bias", None)
         return bias if isinstance(bias, Tensor) else None

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.positions import prompt_ends_at
 from eigenlens.tasks.batches import Batch, make_batches
 
-Metric = Callable[[Float[Tensor, "batch answer d_vocab"], Batch], Float[Tensor, "batch"]]
+Metric = Callable[[Float[Tensor, "batch answer d_vocab"], Batch], Float[Tensor, " batch"]]
 
 
 def answer_logits(model: TransformerBridge, batch: Batch) -> Float[Tensor, "batch answer d_vocab"]:
@@ -37,7 +37,7 @@ def _last_logits(model: TransformerBridge, n_answer: int) -> dict[str, int]:
 
 def answer_loss(
     logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, " batch"]:
     """Negative log-likelihood of the whole answer, in nats: the sum over its tokens."""
     picked = logits.log_softmax(-1).gather(-1, batch.answer[..., None])[..., 0]
     return -(picked * batch.answer_mask).sum(-1)
@@ -52,7 +52,7 @@ def logit_diff(wrong: Tensor) -> Metric:
 
     def metric(
         logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
-    ) -> Float[Tensor, "batch"]:
+    ) -> Float[Tensor, " batch"]:
         other = wrong.to(logits.device)[batch.indices]
         first = logits[:, 0]
         right = first.gather(-1, batch.answer[:, :1])[:, 0]
@@ -78,7 +78,7 @@ def kl_to_unedited(model: TransformerBridge, data: Dataset, batch_size: int = 50
 
     def metric(
         logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
-    ) -> Float[Tensor, "batch"]:
+    ) -> Float[Tensor, " batch"]:
         logs = logits.log_softmax(-1)
         rows = []
         for row, index in enumerate(batch.indices):

@@ -48,18 +48,23 @@ class PositionTracker:
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the transformers model: find the positions of this pass."""
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        inputs = bound.get("input_ids")
+        given = _arguments(module, args, kwargs)
+        inputs = given.get("input_ids")
         if inputs is None:
-            inputs = bound["inputs_embeds"]
-        cache = bound.get("past_key_values")
+            inputs = given["inputs_embeds"]
+        cache = given.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         end = past + inputs.shape[1]
-        fresh = self._prompt_end is None or not (self._held or past)
-        if fresh:
-            self._prompt_end = _prompt_end(bound.get("attention_mask"), end)
-        columns = torch.arange(past, end, device=inputs.device)
-        self.positions = columns - self._prompt_end
+        prompt_end = self._prompt_end
+        if prompt_end is None or not (self._held or past):
+            prompt_end = self._prompt_end = _prompt_end(given.get("attention_mask"), end)
+        self.positions = torch.arange(past, end, device=inputs.device) - prompt_end
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward call by name."""
+    names = inspect.signature(module.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _prompt_end(mask: Tensor | None, end: int) -> int | Tensor:

@@ -16,7 +16,7 @@ def select(
     fraction: float | None = None,
     *,
     count: int | None = None,
-    within: Within = "all",
+    within: Within | str = "all",
     negative_only: bool = False,
 ) -> FrozenSet:
     """Choose the components with the lowest scores.
@@ -46,14 +46,18 @@ def select(
     for rows in _groups(scores, within):
         budget = round(fraction * len(rows)) if fraction is not None else int(count or 0)
         if not 0 <= budget <= len(rows):
-            raise ValueError(f"count={count} lies outside 0 … {len(rows)}, the number to choose from.")
+            raise ValueError(
+                f"count={count} lies outside 0 … {len(rows)}, the number to choose from."
+            )
         lowest = rows[np.argsort(values[rows], kind="stable")[:budget]]
         chosen.append(lowest[values[lowest] < 0] if negative_only else lowest)
     return FrozenSet.from_scores(scores, np.sort(np.concatenate(chosen)))
 
 
-def _groups(scores: Scores, within: Within) -> Iterator[np.ndarray]:
+def _groups(scores: Scores, within: str) -> Iterator[np.ndarray]:
     if within == "all":
         yield np.arange(len(scores))
         return
-    yield from scores.components.groupby(within, sort=False).indices.values()
+    keys = scores.components[within].to_numpy()
+    for key in dict.fromkeys(keys):
+        yield np.flatnonzero(keys == key)

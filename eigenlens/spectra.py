@@ -6,6 +6,7 @@ the largest magnitude positive. Where neighbouring singular values are nearly eq
 directions are arbitrary within their span: such *degenerate blocks* are flagged.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,7 +117,7 @@ class Spectra(Mapping[str, Spectrum]):
         ]
         return pd.DataFrame(rows).to_html(index=False)
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything as one safetensors file."""
         tensors = {
             f"{name}.{part}": getattr(spectrum, part)
@@ -126,7 +127,7 @@ class Spectra(Mapping[str, Spectrum]):
         save_tensors(path, "spectra", tensors, {"provenance": self.provenance.model_dump()})
 
     @classmethod
-    def load(cls, path: str, model: TransformerBridge) -> "Spectra":
+    def load(cls, path: str | os.PathLike[str], model: TransformerBridge) -> "Spectra":
         """Read back what :meth:`save` wrote for this ``model``.
 
         Raises:

@@ -15,6 +15,7 @@ Sums of two shards add: that is the whole of data-parallel scoring.
 """
 
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from einops import rearrange, reduce
@@ -25,17 +26,16 @@ from eigenlens.matrices import split_heads
 from eigenlens.spectra import Spectrum
 
 
+@dataclass
 class _Sums:
-    """Adds field by field."""
+    """Adds field by field; of ``worst`` the larger is kept."""
 
-    def __add__(self, other):  # type: ignore[no-untyped-def]
-        return type(self)(
-            *(self._merge(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        )
-
-    @staticmethod
-    def _merge(name: str, one: Tensor, two: Tensor) -> Tensor:
-        return torch.maximum(one, two) if name == "worst" else one + two
+    def __add__(self, other: Self) -> Self:
+        merged = {}
+        for f in fields(self):
+            one, two = getattr(self, f.name), getattr(other, f.name)
+            merged[f.name] = torch.maximum(one, two) if f.name == "worst" else one + two
+        return type(self)(**merged)
 
 
 @dataclass
@@ -56,7 +56,7 @@ class InputMeans(_Sums):
         """Add a batch whose columns are the positions ``rows``; padding must be zero."""
         self.total[rows] += x.sum(0)
 
-    def means(self, count: Int[Tensor, "pos"]) -> Float[Tensor, "pos all_in"]:
+    def means(self, count: Int[Tensor, " pos"]) -> Float[Tensor, "pos all_in"]:
         """Mean input per position; zero where a position was never seen."""
         return self.total / count[:, None].clamp_min(1).to(self.total)
 
@@ -95,7 +95,7 @@ class CrossMoments(_Sums):
         self.xg.addmm_(rearrange(x, "b p d -> d (b p)"), rearrange(g, "b p d -> (b p) d"))
 
     def effects(
-        self, spectrum: Spectrum, n_examples: int, count: Int[Tensor, "pos"] | None
+        self, spectrum: Spectrum, n_examples: int, count: Int[Tensor, " pos"] | None
     ) -> Float[Tensor, "head rank"]:
         """Mean first-order effect of freezing each component, in nats.
 

@@ -40,8 +40,8 @@ def score(
     spectra: Spectra,
     data: Dataset,
     *,
-    criterion: Criterion = "mean",
-    reference: Reference = "mean",
+    criterion: Criterion | str = "mean",
+    reference: Reference | str = "mean",
     metric: Metric = answer_loss,
     stderr: bool = False,
     z: float = 1.0,
@@ -82,10 +82,8 @@ def score(
     chosen = _chosen(model, spectra, matrices, layers)
     batches = make_batches(data, model, batch_size, smallest=2 if reference == "resample" else 1)
     scorer = _Scorer(model, chosen, batches, reference, metric, seed, progress)
-    if criterion == "mean" and not stderr:
-        components = scorer.streaming()
-    else:
-        components = scorer.per_example()
+    one_pass = criterion == "mean" and not stderr
+    components = scorer.streaming() if one_pass else scorer.per_example()
     return Scores(
         components=components,
         mean_activation=scorer.mean_activation(),
@@ -107,7 +105,9 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 def _check_model(model: TransformerBridge, spectra: Spectra, provenance: Provenance) -> None:
     if model.training or model.original_model.training:
-        raise ValueError("The model is in training mode, where dropout is random: call model.eval().")
+        raise ValueError(
+            "The model is in training mode, where dropout is random: call model.eval()."
+        )
     if spectra.provenance.model_fingerprint != provenance.model_fingerprint:
         raise ValueError("The spectra belong to a model with other weights: call decompose again.")
 
@@ -135,7 +135,7 @@ def position_range(batches: Sequence[Batch]) -> range:
     )
 
 
-def position_counts(batches: Sequence[Batch], positions: range) -> Int[Tensor, "pos"]:
+def position_counts(batches: Sequence[Batch], positions: range) -> Int[Tensor, " pos"]:
     """Number of examples with a token at each position."""
     count = torch.zeros(len(positions), dtype=torch.int64, device=batches[0].tokens.device)
     for batch in batches:
@@ -149,7 +149,7 @@ def position_rows(batch: Batch, positions: range) -> slice:
     return slice(start, start + len(batch.positions))
 
 
-def varying_positions(batches: Sequence[Batch], positions: range) -> Bool[Tensor, "pos"]:
+def varying_positions(batches: Sequence[Batch], positions: range) -> Bool[Tensor, " pos"]:
     """Positions that at least two examples reach by different tokens.
 
     Elsewhere every activation equals its mean, and an effect of exactly zero says nothing: a
@@ -176,7 +176,7 @@ class _Scorer:
         model: TransformerBridge,
         spectra: list[Spectrum],
         batches: list[Batch],
-        reference: Reference,
+        reference: str,
         metric: Metric,
         seed: int,
         progress: bool,
@@ -191,9 +191,7 @@ class _Scorer:
         self.positions = position_range(batches)
         self.count = position_counts(batches, self.positions)
         self.n_examples = sum(len(batch) for batch in batches)
-        self.inputs = {
-            s.matrix.name: InputMeans.zeros(s, len(self.positions)) for s in spectra
-        }
+        self.inputs = {s.matrix.name: InputMeans.zeros(s, len(self.positions)) for s in spectra}
 
     def streaming(self) -> pd.DataFrame:
         """Mean effects from one forward and one backward pass per batch."""
@@ -218,9 +216,7 @@ class _Scorer:
 
             forward_backward(self.model, self.spectra, batch, self.metric, add)
         count = self.count if self.reference == "mean" else None
-        effects = [
-            moments[s.matrix.name].effects(s, self.n_examples, count) for s in self.spectra
-        ]
+        effects = [moments[s.matrix.name].effects(s, self.n_examples, count) for s in self.spectra]
         return _component_table(self.spectra, {"effect": effects})
 
     def per_example(self) -> pd.DataFrame:
@@ -285,7 +281,7 @@ class _Scorer:
     def _add_inputs(self, batch: Batch, rows: slice, spectrum: Spectrum, x: Tensor) -> None:
         self.inputs[spectrum.matrix.name].update(rows, _without_padding(x, batch))
 
-    def _partner(self, batch: Batch) -> Int[Tensor, "batch"] | None:
+    def _partner(self, batch: Batch) -> Int[Tensor, " batch"] | None:
         """For ``resample``: another example of the batch for each (a rotation by a random step)."""
         if self.reference != "resample":
             return None
@@ -337,10 +333,7 @@ def record_inputs(
     model: TransformerBridge, spectra: Iterable[Spectrum], batch: Batch, handle: Handler
 ) -> None:
     """Run ``batch`` forward and hand every matrix's input to ``handle(spectrum, x)``."""
-    hooks = [
-        (s.matrix.hook_in, partial(_on_input, s, handle))
-        for s in spectra
-    ]
+    hooks = [(s.matrix.hook_in, partial(_on_input, s, handle)) for s in spectra]
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         _check_finite(answer_logits(model, batch), "logits", batch)
 
@@ -355,7 +348,7 @@ def forward_backward(
     batch: Batch,
     metric: Metric,
     handle: GradHandler,
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, " batch"]:
     """One forward and one backward pass of the summed metric.
 
     Every matrix's input and output gradient go to ``handle(spectrum, x, ∂metric/∂y)`` as the
@@ -382,7 +375,7 @@ def forward_backward(
         return leaves[-1]
 
     first = min(s.matrix.layer for s in spectra)
-    fwd = [(f"blocks.{first}.hook_in", start)]
+    fwd: list[tuple[str, Callable[..., Any]]] = [(f"blocks.{first}.hook_in", start)]
     fwd += [(s.matrix.hook_in, partial(keep, s)) for s in spectra]
     bwd = [(s.matrix.hook_out, partial(consume, s)) for s in spectra]
     with torch.enable_grad(), model.hooks(fwd_hooks=fwd, bwd_hooks=bwd):

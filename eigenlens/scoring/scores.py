@@ -70,7 +70,7 @@ class Scores:
         """Standard error of the mean effect over examples, in nats; NaN unless asked for."""
         return (self.components["std"] / np.sqrt(self.n_examples)).to_numpy()
 
-    def with_criterion(self, criterion: Criterion, z: float | None = None) -> "Scores":
+    def with_criterion(self, criterion: Criterion | str, z: float | None = None) -> "Scores":
         """The same scores ranked by another criterion.
 
         Raises:

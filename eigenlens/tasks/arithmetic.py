@@ -55,14 +55,14 @@ class ArithmeticConfig(BaseModel):
         }
 
 
-def int_add(*, low: int = 0, high: int = 100, **arguments: Any) -> Task:
-    """Integer addition, operands in ``low … high - 1``."""
-    return _arithmetic("int_add", ArithmeticConfig(low=low, high=high, **arguments))
+def int_add(**arguments: Any) -> Task:
+    """Integer addition, "{a} + {b} =", operands low … high - 1 (default 0 … 99)."""
+    return _arithmetic("int_add", ArithmeticConfig(**{"high": 100} | arguments))
 
 
-def int_mult(*, low: int = 0, high: int = 20, **arguments: Any) -> Task:
-    """Integer multiplication, operands in ``low … high - 1``."""
-    return _arithmetic("int_mult", ArithmeticConfig(low=low, high=high, **arguments))
+def int_mult(**arguments: Any) -> Task:
+    """Integer multiplication, "{a} x {b} =", operands low … high - 1 (default 0 … 19)."""
+    return _arithmetic("int_mult", ArithmeticConfig(**{"high": 20} | arguments))
 
 
 def _arithmetic(name: str, config: ArithmeticConfig) -> Task:

@@ -6,7 +6,7 @@ tokens. The last answer token is predicted, not read.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,8 +60,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        tensors = (self.tokens, self.attention_mask, self.answer, self.answer_mask)
-        return Batch(*(t.to(device) for t in tensors), self.n_prompt, self.indices)
+        names = ("tokens", "attention_mask", "answer", "answer_mask")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def tokenise(
@@ -73,10 +73,8 @@ def tokenise(
     be read), and on their own otherwise.
 
     Raises:
-        ValueError: an example whose prompt or answer tokenises to nothing, or no example at all.
+        ValueError: an example whose prompt or answer tokenises to nothing.
     """
-    if len(data) == 0:
-        raise ValueError("The data set is empty.")
     prompts, answers = list(data["prompt"]), list(data["answer"])
     bos = [tokenizer.bos_token_id] if prepend_bos else []
     encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
@@ -88,9 +86,7 @@ def tokenise(
         answer = both[len(prompt) :] if fits else encode([answers[row]])[0]
         if not answer or not (bos or prompt):
             part = "answer" if not answer else "prompt"
-            raise ValueError(
-                f"Example {row}: the {part} {data[row][part]!r} tokenises to nothing."
-            )
+            raise ValueError(f"Example {row}: the {part} {data[row][part]!r} tokenises to nothing.")
         encoded.append(Encoded(bos + prompt, answer))
     return encoded
 
@@ -112,9 +108,11 @@ def make_batches(
         smallest: fewest examples in a batch; batches grow a little where needed.
 
     Raises:
-        ValueError: ``batch_size`` below ``smallest``, fewer than ``smallest`` examples, an example
-            longer than the model's context, or one that tokenises to nothing.
+        ValueError: ``batch_size`` below ``smallest``, no or fewer than ``smallest`` examples, an
+            example longer than the model's context, or one that tokenises to nothing.
     """
+    if len(data) == 0:
+        raise ValueError("The data set is empty.")
     if batch_size < max(1, smallest) or len(data) < smallest:
         raise ValueError(
             f"batch_size={batch_size} with {len(data)} examples: "

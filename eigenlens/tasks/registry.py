@@ -13,7 +13,9 @@ from eigenlens.tasks.task import Task, UnknownTaskError
 TASKS: dict[str, Callable[..., Task]] = {"int_add": int_add, "int_mult": int_mult}
 
 
-def load_task(name: str, tokenizer: PreTrainedTokenizerBase | None = None, **arguments: Any) -> Task:
+def load_task(
+    name: str, tokenizer: PreTrainedTokenizerBase | None = None, **arguments: Any
+) -> Task:
     """Build a task.
 
     Args:

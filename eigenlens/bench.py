@@ -1,0 +1,133 @@
+"""What a scoring pass costs, in units of an ordinary training step on the same batches.
+
+The training step is the transformers model's forward pass with logits at every position and a
+backward pass with the gradients of all weights, without an optimiser. A stricter row takes its
+logits at the answer positions only, as scoring does. Repeats are interleaved, and the median of
+each is reported; the peak of the resident memory is sampled while each runs.
+"""
+
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.metrics import answer_logits
+from eigenlens.provenance import versions
+from eigenlens.scoring import score
+from eigenlens.spectra import decompose
+from eigenlens.tasks import Batch, Task, make_batches
+
+
+def benchmark(
+    model: TransformerBridge,
+    task: Task,
+    *,
+    batch_size: int = 50,
+    repeats: int = 5,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Time scoring of every component against training steps over ``task.train``.
+
+    Returns:
+        ``score_to_training_step`` (ratio of medians), ``score_to_lean_training_step`` (the same
+        against training steps with logits at answer positions only), ``peak_memory_mb`` (resident
+        memory above that before, while scoring), ``training_peak_memory_mb``, medians in seconds
+        and what was run.
+    """
+    spectra = decompose(model, progress=progress)
+    batches = make_batches(task.train, model, batch_size)
+    jobs: dict[str, Callable[[], object]] = {
+        "score": lambda: score(model, spectra, task.train, batch_size=batch_size, progress=False),
+        "score_max": lambda: score(
+            model, spectra, task.train, criterion="max", batch_size=batch_size, progress=False
+        ),
+        "training": lambda: _train(model, batches, _all_logits),
+        "lean_training": lambda: _train(model, batches, answer_logits),
+        "forward": lambda: _forward(model, batches),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    memory: dict[str, float] = {}
+    for _ in tqdm(range(repeats), desc="bench", disable=not progress):
+        for name, job in jobs.items():
+            gc.collect()
+            with _peak_memory() as peak:
+                start = time.perf_counter()
+                job()
+                seconds[name].append(time.perf_counter() - start)
+            memory[name] = max(memory.get(name, 0.0), peak[0])
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "score_to_training_step": median["score"] / median["training"],
+        "score_to_lean_training_step": median["score"] / median["lean_training"],
+        "score_max_to_training_step": median["score_max"] / median["training"],
+        "peak_memory_mb": memory["score"],
+        "training_peak_memory_mb": memory["training"],
+        "seconds": median,
+        "all_seconds": seconds,
+        "components": spectra.n_components,
+        "examples": len(task.train),
+        "batch_size": batch_size,
+        "tokens_per_batch": batches[0].tokens.numel(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def _all_logits(model: TransformerBridge, batch: Batch) -> torch.Tensor:
+    mask = batch.attention_mask.long() if batch.is_padded else None
+    logits = model.original_model(batch.tokens, attention_mask=mask, use_cache=False).logits
+    return logits[:, -batch.answer.shape[1] :]
+
+
+def _train(
+    model: TransformerBridge,
+    batches: list[Batch],
+    logits_of: Callable[[TransformerBridge, Batch], torch.Tensor],
+) -> None:
+    """Forward and full backward over all batches; gradients are dropped after each."""
+    model.requires_grad_(True)
+    try:
+        for batch in batches:
+            with torch.enable_grad():
+                logits = logits_of(model, batch)[batch.answer_mask]
+                F.cross_entropy(logits, batch.answer[batch.answer_mask]).backward()
+            for parameter in model.parameters():
+                parameter.grad = None
+    finally:
+        model.requires_grad_(False)
+
+
+def _forward(model: TransformerBridge, batches: list[Batch]) -> None:
+    with torch.no_grad():
+        for batch in batches:
+            answer_logits(model, batch)
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[float]]:
+    """Yield a list that holds, afterwards, the rise of the resident memory in MB."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    peak = [0.0]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], (process.memory_info().rss - before) / 2**20)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,47 @@
+"""One look for every figure: colour-blind safe, legible at paper width.
+
+Colours are the palette of Okabe and Ito (2008); sequences are viridis.
+"""
+
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io as pio
+
+BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#8A8A8A",
+)
+SIGN = "ΔL < 0: freezing is predicted to lower the loss"
+
+pio.templates["eigenlens"] = go.layout.Template(
+    layout={
+        "font": {"family": "Helvetica, Arial, sans-serif", "size": 14, "color": "#222222"},
+        "colorway": [BLUE, VERMILION, GREEN, ORANGE, PINK, SKY, GREY],
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "xaxis": {"gridcolor": "#E6E6E6", "zerolinecolor": "#BBBBBB", "linecolor": "#888888"},
+        "yaxis": {"gridcolor": "#E6E6E6", "zerolinecolor": "#888888", "linecolor": "#888888"},
+        "colorscale": {"sequential": "Viridis"},
+        "margin": {"l": 80, "r": 30, "t": 70, "b": 60},
+    }
+)
+TEMPLATE = "plotly_white+eigenlens"
+
+
+def signed_log(values: np.ndarray, unit: float) -> np.ndarray:
+    """Linear within ±``unit``, logarithmic outside: for values of both signs over many decades."""
+    return np.arcsinh(values / unit / 2) / np.log(10)
+
+
+def signed_log_ticks(values: np.ndarray, unit: float) -> tuple[list[float], list[str]]:
+    """Tick positions and labels for :func:`signed_log`: zero and every second power of ten."""
+    largest = float(np.abs(values).max(initial=unit))
+    powers = [p for p in range(int(np.log10(unit)), 12) if 10.0**p <= largest * 1.5]
+    powers = powers[-1::-2][::-1]
+    ticks = [-(10.0**p) for p in powers[::-1]] + [0.0] + [10.0**p for p in powers]
+    return signed_log(np.array(ticks), unit).tolist(), [f"{t:g}" for t in ticks]

@@ -1,0 +1,81 @@
+"""Shapes and types are enforced on the whole package; no test reaches the network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+with install_import_hook("eigenlens", "beartype.beartype"):
+    import eigenlens
+    import eigenlens.cli
+    import eigenlens.scoring.reference
+
+import pytest
+import torch
+from tiny_models import write_tiny_model
+from torch.overrides import TorchFunctionMode
+
+import eigenlens as el
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Decompositions of random models do not belong into the developer's cache."""
+    if "EIGENLENS_TEST_CACHE" in os.environ:
+        os.environ["EIGENLENS_CACHE"] = os.environ["EIGENLENS_TEST_CACHE"]
+    else:
+        os.environ["EIGENLENS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+class StayDouble(TorchFunctionMode):
+    """Keep float64 in float64 where models go through float32 (norms, softmax).
+
+    Oracles need exact arithmetic: a float32 rounding in the middle of a float64 model hides errors
+    of 1e-8, and its attention mask overflows there.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args):
+                return args[0]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _stay_double():
+    with StayDouble():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Folder of a tiny random model of a family, written by transformers on first use."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(family: str):
+        path = root / family
+        if not path.exists():
+            write_tiny_model(family, path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """A tiny float64 model of a family, loaded once."""
+    loaded: dict[str, object] = {}
+
+    def model(family: str):
+        if family not in loaded:
+            loaded[family] = el.load_model(tiny_folder(family), dtype=torch.float64, device="cpu")
+        return loaded[family]
+
+    return model

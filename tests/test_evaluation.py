@@ -1,0 +1,114 @@
+"""Measurements against the transformers model and hand computation."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import MIXED, dataset
+
+import eigenlens as el
+from eigenlens.evaluation import wilson_interval
+from eigenlens.provenance import Provenance
+
+
+def evaluation(correct, loss):
+    n = len(correct)
+    table = pd.DataFrame(
+        {"prompt": [f"p{i}" for i in range(n)], "answer": "a", "loss": loss, "correct": correct}
+    )
+    return el.Evaluation(table, Provenance(model="m", model_fingerprint="f", versions={}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "opt"])
+def test_losses_are_those_of_the_transformers_model(tiny, family):
+    model = tiny(family)
+    found = el.evaluate(model, MIXED, batch_size=5).examples
+    for row, example in enumerate(MIXED):
+        prompt = model.tokenizer.encode(example["prompt"], add_special_tokens=False)
+        answer = model.tokenizer.encode(example["answer"], add_special_tokens=False)
+        with torch.no_grad():
+            logits = model.original_model(torch.tensor([prompt + answer])).logits[0]
+        predicting = logits[len(prompt) - 1 : -1]
+        loss = F.cross_entropy(predicting, torch.tensor(answer), reduction="sum")
+        assert found["loss"][row] == pytest.approx(float(loss), rel=1e-9)
+        assert found["correct"][row] == (predicting.argmax(-1).tolist() == answer)
+        assert found["predicted"][row] == model.tokenizer.decode(predicting.argmax(-1))
+
+
+def test_exact_match_is_what_greedy_generation_writes(tiny):
+    model = tiny("llama")
+    prompts = [f"{a} + 2 =" for a in range(6)]
+    written = []
+    for prompt in prompts:
+        tokens = torch.tensor([model.tokenizer.encode(prompt, add_special_tokens=False)])
+        out = model.generate(
+            tokens, max_new_tokens=3, do_sample=False, verbose=False, stop_at_eos=False
+        )
+        written.append(" " + model.tokenizer.decode(out[0, -3:]))
+    right = el.evaluate(model, dataset(list(zip(prompts, written, strict=True))))
+    assert right.accuracy == 1.0
+    wrong = [" ".join([*w.split()[:2], "40" if w.split()[2] != "40" else "41"]) for w in written]
+    assert (
+        el.evaluate(
+            model, dataset(list(zip(prompts, [f" {w}" for w in wrong], strict=True)))
+        ).accuracy
+        == 0.0
+    )
+
+
+def test_choice_accuracy_takes_the_likeliest_candidate(tiny):
+    model = tiny("gpt2")
+    data = dataset([("1 + 2 =", " 3"), ("4 + 4 =", " 8 1")])
+    data = data.remove_columns("candidates").add_column(
+        "candidates", [[" 3", " 4 4"], [" 7", " 8 1"]]
+    )
+    found = el.evaluate(model, data)
+    for row, example in enumerate(data):
+        losses = [
+            el.evaluate(model, dataset([(example["prompt"], text)])).loss
+            for text in example["candidates"]
+        ]
+        likeliest = example["candidates"][int(np.argmin(losses))]
+        assert found.examples["choice"][row] == likeliest
+        assert found.examples["choice_correct"][row] == (likeliest == example["answer"])
+    assert found.choice_interval is not None
+    assert el.evaluate(model, MIXED).choice_accuracy is None
+    broken = data.remove_columns("answer").add_column("answer", [" 9", " 7"])
+    with pytest.raises(ValueError, match="Example 0: the answer ' 9' is not among"):
+        el.evaluate(model, broken)
+
+
+def test_wilson_interval_by_hand():
+    # 11 of 80, z = 1.96: the paper's baseline on multiplication
+    z, n, p = 1.959963984540054, 80, 11 / 80
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert wilson_interval(11, 80) == pytest.approx((centre - half, centre + half))
+
+
+def test_comparison_by_hand():
+    before = evaluation([True, False, False, False, True], [1.0, 2.0, 3.0, 4.0, 5.0])
+    after = evaluation([True, True, True, True, False], [0.5, 1.0, 2.0, 1.0, 6.0])
+    found = el.compare(before, after)
+    assert (found.gained, found.lost, found.n) == (3, 1, 5)
+    assert found.accuracy_change == pytest.approx(0.4)
+    assert found.loss_change == pytest.approx(-0.9)
+    assert found.p_value == pytest.approx(2 * (1 + 4) / 16)  # two-sided binomial, 3 of 4
+    low, high = found.loss_interval
+    assert low < -0.9 < high
+    same = el.compare(before, before)
+    assert (same.p_value, same.accuracy_change, same.loss_interval) == (1.0, 0.0, (0.0, 0.0))
+    with pytest.raises(ValueError, match="same examples"):
+        el.compare(before, evaluation([True], [1.0]))
+
+
+def test_save_load_and_training_mode(tiny, tiny_folder, tmp_path):
+    found = el.evaluate(tiny("gpt2"), MIXED)
+    found.save(tmp_path / "e.parquet")
+    again = el.Evaluation.load(tmp_path / "e.parquet")
+    assert again.examples.equals(found.examples)
+    assert again.summary() == found.summary()
+    model = el.load_model(tiny_folder("gpt2"), device="cpu").train()
+    with pytest.raises(ValueError, match="training mode"):
+        el.evaluate(model, MIXED)
