@@ -3,15 +3,17 @@
 The training step is the transformers model's forward pass with logits at every position and a
 backward pass with the gradients of all weights, without an optimiser. A stricter row takes its
 logits at the answer positions only, as scoring does. Repeats are interleaved, and the median of
-each is reported; the peak of the resident memory is sampled while each runs.
+each is reported; the rise of the resident memory is sampled in a run before, which is not timed.
 """
 
+import contextlib
+import ctypes
 import gc
 import statistics
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -54,16 +56,13 @@ def benchmark(
         "lean_training": lambda: _train(model, batches, answer_logits),
         "forward": lambda: _forward(model, batches),
     }
+    memory = {name: _peak_memory_mb(job) for name, job in jobs.items()}  # warms up, too
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    memory: dict[str, float] = {}
     for _ in tqdm(range(repeats), desc="bench", disable=not progress):
         for name, job in jobs.items():
-            gc.collect()
-            with _peak_memory() as peak:
-                start = time.perf_counter()
-                job()
-                seconds[name].append(time.perf_counter() - start)
-            memory[name] = max(memory.get(name, 0.0), peak[0])
+            start = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "score_to_training_step": median["score"] / median["training"],
@@ -112,22 +111,31 @@ def _forward(model: TransformerBridge, batches: list[Batch]) -> None:
             answer_logits(model, batch)
 
 
-@contextmanager
-def _peak_memory() -> Iterator[list[float]]:
-    """Yield a list that holds, afterwards, the rise of the resident memory in MB."""
+def _give_memory_back() -> None:
+    """Return freed memory to the system, or the next job would reuse it unseen (glibc only)."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _peak_memory_mb(job: Callable[[], object]) -> float:
+    """Rise of the resident memory while ``job`` runs, in MB."""
+    _give_memory_back()
     process = psutil.Process()
-    before = process.memory_info().rss
-    peak = [0.0]
+    before = peak = process.memory_info().rss
     done = threading.Event()
 
     def sample() -> None:
+        nonlocal peak
         while not done.wait(0.005):
-            peak[0] = max(peak[0], (process.memory_info().rss - before) / 2**20)
+            peak = max(peak, process.memory_info().rss)
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
-        yield peak
+        job()
     finally:
         done.set()
         thread.join()
+    return (peak - before) / 2**20

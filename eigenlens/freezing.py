@@ -1,9 +1,9 @@
 """Freezing: make the effect of chosen components independent of the input.
 
 Component i of a map ``y = x W + b`` is frozen with strength z by
-``y'_t = y_t + z (x̄_t − x_t) E_i``: its input-dependent part is taken away and its mean at position t is added as a bias. z = 1 freezes,
-0 < z < 1 attenuates. Positions are counted from the end of the prompt; a position that calibration
-never saw gets the mean over positions.
+``y'_t = y_t + z (x̄_t − x_t) E_i``: its input-dependent part is taken away and its mean at
+position t is added as a bias. z = 1 freezes, 0 < z < 1 attenuates. Positions are counted from the
+end of the prompt; a position that calibration never saw gets the mean over positions.
 
 A constant added to every key shifts all attention scores of a query alike and cancels in the
 softmax unless keys are rotated: without rotary embeddings, freezing components of ``W_K`` equals

@@ -19,20 +19,20 @@ Metric = Callable[[Float[Tensor, "batch answer d_vocab"], Batch], Float[Tensor, 
 
 
 def answer_logits(model: TransformerBridge, batch: Batch) -> Float[Tensor, "batch answer d_vocab"]:
-    """Logits that predict the answer, computed at these positions only."""
+    """Logits that predict the answer, computed at these positions only.
+
+    The unembedding is a quarter of a small model's forward pass, and most of it would be thrown
+    away. Its input is cut by a hook: transformers' ``logits_to_keep`` leaves the slice
+    non-contiguous, and the product with the unembedding then takes longer than all logits would.
+    """
     n_answer = batch.answer.shape[1]
-    with prompt_ends_at(model, batch.n_prompt):
-        mask = batch.attention_mask.long() if batch.is_padded else None
-        logits = model(
-            batch.tokens, attention_mask=mask, use_cache=False, **_last_logits(model, n_answer)
-        )
-    return logits[:, -n_answer:]
 
+    def cut(value: Tensor, hook: object) -> Tensor:
+        return value[:, -n_answer:].contiguous()
 
-def _last_logits(model: TransformerBridge, n_answer: int) -> dict[str, int]:
-    # The unembedding is a quarter of a small model's forward pass, and most of it is thrown away.
-    takes = "logits_to_keep" in type(model.original_model).forward.__code__.co_varnames
-    return {"logits_to_keep": n_answer} if takes else {}
+    mask = batch.attention_mask.long() if batch.is_padded else None
+    with prompt_ends_at(model, batch.n_prompt), model.hooks(fwd_hooks=[("unembed.hook_in", cut)]):
+        return model(batch.tokens, attention_mask=mask, use_cache=False)
 
 
 def answer_loss(

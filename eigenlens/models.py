@@ -109,6 +109,8 @@ def _resolve(name: str) -> str:
     """The folder or Hub name that transformers can open."""
     path = Path(name).expanduser()
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UnknownModelError(f"The folder {path} holds no config.json of a model.")
         return str(path)
     if path.suffix == ".gguf":
         if not path.is_file():

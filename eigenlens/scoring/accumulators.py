@@ -6,16 +6,17 @@ effect of freezing component i is ``Σ_t (ā_t − a_bt) g_bt`` with ``a = σ_i 
 
     ``D = Σ_t x̄_t (Σ_b g_bt)ᵀ − Σ_bt x_bt g_btᵀ``
 
-that all components share. So :class:`CrossMoments` keeps ``Σ x gᵀ`` per matrix, ``Σ x`` and
-``Σ g`` per position, and projects once at the end. What depends on single examples (standard
-errors, worst cases) needs the means first and is summed by :class:`EffectMoments`.
+that all components share. So :class:`InputMeans` keeps ``Σ x`` per position, :class:`CrossMoments`
+``Σ g`` per position and ``Σ x gᵀ``, and everything is projected once at the end. What depends on
+single examples (standard errors, worst cases) needs the means first and is summed by
+:class:`EffectMoments`.
 
 Positions are rows of these sums; they are counted from the end of the prompt.
 Sums of two shards add: that is the whole of data-parallel scoring.
 """
 
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import TypeVar
 
 import torch
 from einops import rearrange, reduce
@@ -25,12 +26,14 @@ from torch import Tensor
 from eigenlens.matrices import split_heads
 from eigenlens.spectra import Spectrum
 
+S = TypeVar("S", bound="_Sums")
+
 
 @dataclass
 class _Sums:
     """Adds field by field; of ``worst`` the larger is kept."""
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self: S, other: S) -> S:
         merged = {}
         for f in fields(self):
             one, two = getattr(self, f.name), getattr(other, f.name)
@@ -47,10 +50,7 @@ class InputMeans(_Sums):
     @classmethod
     def zeros(cls, spectrum: Spectrum, n_pos: int) -> "InputMeans":
         """Empty sums for ``n_pos`` positions."""
-        u = spectrum.u
-        matrix = spectrum.matrix
-        width = matrix.d_in * (matrix.n_heads if matrix.head_axis == "in" else 1)
-        return cls(u.new_zeros(n_pos, width))
+        return cls(spectrum.u.new_zeros(n_pos, spectrum.matrix.flat_weight.shape[0]))
 
     def update(self, rows: slice, x: Float[Tensor, "batch pos all_in"]) -> None:
         """Add a batch whose columns are the positions ``rows``; padding must be zero."""
@@ -63,25 +63,21 @@ class InputMeans(_Sums):
 
 @dataclass
 class CrossMoments(_Sums):
-    """Sums of inputs, output gradients and their products for one matrix.
+    """Sums of output gradients and of their products with inputs for one matrix.
 
     Attributes:
-        x: ``Σ_b x_bt``, input units.
         g: ``Σ_b g_bt``, nats per output unit.
         xg: ``Σ_bt x_bt g_btᵀ``.
     """
 
-    x: Float[Tensor, "pos all_in"]
     g: Float[Tensor, "pos all_out"]
     xg: Float[Tensor, "all_in all_out"]
 
     @classmethod
     def zeros(cls, spectrum: Spectrum, n_pos: int) -> "CrossMoments":
         """Empty sums for ``n_pos`` positions."""
-        x = InputMeans.zeros(spectrum, n_pos).total
-        matrix = spectrum.matrix
-        width = matrix.d_out * (matrix.n_heads if matrix.head_axis == "out" else 1)
-        return cls(x, x.new_zeros(n_pos, width), x.new_zeros(x.shape[1], width))
+        shape = spectrum.matrix.flat_weight.shape
+        return cls(spectrum.u.new_zeros(n_pos, shape[1]), spectrum.u.new_zeros(shape))
 
     def update(
         self,
@@ -90,24 +86,21 @@ class CrossMoments(_Sums):
         g: Float[Tensor, "batch pos all_out"],
     ) -> None:
         """Add a batch whose columns are the positions ``rows``; padding must be zero."""
-        self.x[rows] += x.sum(0)
         self.g[rows] += g.sum(0)
         self.xg.addmm_(rearrange(x, "b p d -> d (b p)"), rearrange(g, "b p d -> (b p) d"))
 
     def effects(
-        self, spectrum: Spectrum, n_examples: int, count: Int[Tensor, " pos"] | None
+        self, spectrum: Spectrum, n_examples: int, means: Float[Tensor, "pos all_in"] | None
     ) -> Float[Tensor, "head rank"]:
         """Mean first-order effect of freezing each component, in nats.
 
         Args:
             spectrum: directions to project on.
             n_examples: number of examples summed.
-            count: examples per position for the mean reference; ``None`` for references that are
-                already inside ``x`` (zero, resample).
+            means: mean inputs for the mean reference; ``None`` for references that were taken
+                off ``x`` before (resample) or are zero.
         """
-        effect = -self.xg
-        if count is not None:
-            effect = (InputMeans(self.x).means(count)).T @ self.g - self.xg
+        effect = -self.xg if means is None else means.T @ self.g - self.xg
         matrix = spectrum.matrix
         per_head = split_heads(effect, matrix.n_heads, matrix.head_axis)
         projected = (spectrum.u.transpose(-1, -2) @ per_head * spectrum.vh).sum(-1)

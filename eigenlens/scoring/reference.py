@@ -1,8 +1,8 @@
 """The readable way to the same scores: cache everything, then sum.
 
 One example at a time through ``run_with_cache(incl_bwd=True)``, every activation kept. The
-streaming passes of :mod:`eigenlens.scoring.scorer` are tested against this; use it to see what they compute,
-not on large data.
+streaming passes of :mod:`eigenlens.scoring.scorer` are tested against this; use it to see what
+they compute, not on large data.
 """
 
 import torch

@@ -215,9 +215,16 @@ class _Scorer:
                 moments[spectrum.matrix.name].update(rows, x, g)
 
             forward_backward(self.model, self.spectra, batch, self.metric, add)
-        count = self.count if self.reference == "mean" else None
-        effects = [moments[s.matrix.name].effects(s, self.n_examples, count) for s in self.spectra]
+        effects = [
+            moments[s.matrix.name].effects(s, self.n_examples, self._mean_inputs(s))
+            for s in self.spectra
+        ]
         return _component_table(self.spectra, {"effect": effects})
+
+    def _mean_inputs(self, spectrum: Spectrum) -> Float[Tensor, "pos all_in"] | None:
+        if self.reference != "mean":
+            return None
+        return self.inputs[spectrum.matrix.name].means(self.count)
 
     def per_example(self) -> pd.DataFrame:
         """Mean, spread and worst of single effects; takes a forward pass for the means first."""

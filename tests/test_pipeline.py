@@ -1,0 +1,209 @@
+"""The whole job on a tiny model: run folder, resumption, reproducibility, command line."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import eigenlens as el
+from eigenlens import pipeline
+from eigenlens.cli import app
+from eigenlens.files import FileFormatError
+
+ARGS = {"low": 1, "high": 12, "n_train": 40, "n_validation": 20, "n_test": 20}
+FILES = [
+    "after.parquet",
+    "before.parquet",
+    "config.yaml",
+    "frozen.safetensors",
+    "metrics.json",
+    "scores.parquet",
+    "spectrum.html",
+]
+
+
+@pytest.fixture
+def config(tiny_folder):
+    return el.EigenpruneConfig(
+        model=str(tiny_folder("llama")), task_args=ARGS, device="cpu", batch_size=16
+    )
+
+
+def test_run_folder_and_resumption(config, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    first = pipeline.run(config, out, progress=False)
+    assert sorted(p.name for p in out.iterdir()) == FILES
+    metrics = json.loads((out / "metrics.json").read_text())
+    for name in ("before", "after"):
+        assert {"accuracy", "loss", "n", "interval"} <= set(metrics[name])
+    assert metrics["before"]["n"] == 20
+    assert metrics["seed"] == 0
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert set(metrics["seconds"]) >= {"before", "decompose", "score", "select", "after"}
+    assert metrics["fingerprints"]["model"] == first.frozen.provenance.model_fingerprint
+    assert [c["fraction"] for c in metrics["choices"]] == list(config.fraction)
+
+    (out / "after.parquet").unlink()
+    damaged = out / "scores.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "score", lambda *a, **k: pytest.fail("scored again"))
+        again = pipeline.run(config, out, progress=False)
+    assert again.after.examples.equals(first.after.examples)
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    again = pipeline.run(config, out, progress=False)
+    assert again.scores.to_pandas().equals(first.scores.to_pandas())
+    other = config.model_copy(update={"criterion": "mean"})
+    with pytest.raises(ValueError, match="another configuration"):
+        pipeline.run(other, out, progress=False)
+
+
+def test_an_interrupted_run_leaves_whole_files_only(config, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(pipeline, "select", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, out, progress=False)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "before.parquet",
+        "config.yaml",
+        "scores.parquet",
+    ]
+    el.Scores.load(out / "scores.parquet")
+
+
+def test_config_alone_reproduces_the_run_bit_for_bit(config, tmp_path):
+    one = tmp_path / "one"
+    pipeline.run(config, one, progress=False)
+    read = el.EigenpruneConfig.from_yaml(one / "config.yaml")
+    assert read == config
+    pipeline.run(read, tmp_path / "two", progress=False)
+    for name in set(FILES) - {"metrics.json", "spectrum.html"}:
+        assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_the_fraction_is_chosen_on_validation(config, tiny_folder):
+    model = el.load_model(config.model, device="cpu")
+    task = el.load_task("int_add", model.tokenizer, **ARGS)
+    result = el.eigenprune(model, task, config, progress=False)
+    losses = []
+    for fraction in config.fraction:
+        with el.freeze(model, el.select(result.scores, fraction)):
+            found = el.evaluate(model, task.validation)
+        losses.append((-found.accuracy, found.loss, fraction))
+    assert len(result.frozen) == round(min(losses)[2] * len(result.scores))
+    html = result._repr_html_()
+    assert "before" in html
+    assert "after" in html
+
+
+def test_figure_shows_every_kind_and_marks_what_is_frozen(config):
+    result = pipeline.run(config, progress=False)
+    figure = el.plots.spectrum(result.scores, result.frozen)
+    marked = [t for t in figure.data if t.name == "frozen"]
+    kinds = result.frozen.to_pandas()["matrix"].value_counts()
+    assert [len(t.x) for t in marked] == [
+        kinds.get(k, 0) for k in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
+    ]
+    assert all(axis.title.text for axis in figure.select_xaxes())
+    assert all(axis.title.text for axis in figure.select_yaxes())
+
+
+def run_cli(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_command_line(config, tmp_path):
+    out = tmp_path / "cli"
+    common = ["--model", config.model, "--task", "int_add", "--device", "cpu", "--batch-size", 16]
+    for key, value in ARGS.items():
+        common += ["--task-arg", f"{key}={value}"]
+    found = run_cli(
+        "run",
+        *common,
+        "--matrices",
+        "W_K,W_in",
+        "--fraction",
+        0.4,
+        "--criterion",
+        "max",
+        "--out",
+        out,
+    )
+    assert found.exit_code == 0, found.output
+    assert "before" in found.output
+    assert "after" in found.output
+    scores = pd.read_parquet(out / "scores.parquet")
+    assert set(scores["matrix"]) == {"W_K", "W_in"}
+    frozen = el.FrozenSet.load(out / "frozen.safetensors")
+    assert len(frozen) == round(0.4 * len(scores))
+    again = run_cli(
+        "run", "--config", out / "config.yaml", "--fraction", 0.2, "--out", tmp_path / "other"
+    )
+    assert again.exit_code == 0, again.output
+    assert yaml.safe_load((tmp_path / "other/config.yaml").read_text())["fraction"] == [0.2]
+    assert "smollm2-135m" in run_cli("models").output
+    assert "int_mult" in run_cli("tasks").output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fraction", "1.5"], "outside [0, 1]"),
+        (["--fraction", "much"], "comma-separated"),
+        (["--criterion", "median"], "criterion"),
+        (["--matrices", "W_X"], "Unknown matrix kind"),
+        (["--layers", "9"], "Unknown layer 9"),
+        (["--task", "int_sub"], "Unknown task"),
+        (["--task-arg", "high"], "key=value"),
+        (["--task-arg", "width=3"], "width"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--model", "nowhere.gguf"], "nowhere.gguf"),
+        (["--dtype", "int8"], "int8"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_no_run(config, tmp_path, options, message):
+    found = run_cli("run", "--model", config.model, "--out", tmp_path / "out", *options)
+    assert found.exit_code == 2
+    assert message in found.output.replace("\n", " ")
+    assert "Traceback" not in found.output
+    assert not (tmp_path / "out" / "scores.parquet").exists()
+
+
+def test_bad_yaml(tmp_path):
+    path = tmp_path / "config.yaml"
+    for text, message in (
+        ("[1, 2]", "mapping"),
+        ("a: [", "not valid YAML"),
+        ("\x00", "not valid YAML"),
+    ):
+        path.write_text(text)
+        with pytest.raises(FileFormatError, match=message):
+            el.EigenpruneConfig.from_yaml(path)
+    path.write_text("fractoin: 0.1")
+    with pytest.raises(ValueError, match="fractoin"):
+        el.EigenpruneConfig.from_yaml(path)
+
+
+def test_bench_writes_its_numbers(config, tmp_path):
+    out = tmp_path / "bench.json"
+    found = run_cli(
+        "bench",
+        "--model",
+        config.model,
+        "--repeats",
+        1,
+        "--out",
+        out,
+        *[a for k, v in ARGS.items() for a in ("--task-arg", f"{k}={v}")],
+    )
+    assert found.exit_code == 0, found.output
+    numbers = json.loads(out.read_text())
+    assert numbers["score_to_training_step"] > 0
+    assert numbers["components"] == 2 * (4 * 8 + 2 * 8 * 2 + 4 * 8 + 3 * 32)
+    assert "peak_memory_mb" in numbers
