@@ -13,6 +13,7 @@ from eigenlens.scoring.scores import COMPONENT
 
 _MOST_POINTS = 3000
 _UNIT = 1e-6
+_PANEL, _GAP = 190, 100  # pixels
 
 
 def spectrum(scores: Scores, frozen: FrozenSet | None = None) -> go.Figure:
@@ -32,12 +33,15 @@ def spectrum(scores: Scores, frozen: FrozenSet | None = None) -> go.Figure:
         table["frozen"] = pd.MultiIndex.from_frame(table[COMPONENT]).isin(keys)
     kinds = [kind for kind in MATRIX_KINDS if kind in set(table["matrix"])]
     columns = 2 if len(kinds) > 1 else 1
+    rows = -(-len(kinds) // columns)
+    inner = rows * _PANEL + (rows - 1) * _GAP
     figure = make_subplots(
-        rows=-(-len(kinds) // columns),
+        rows=rows,
         cols=columns,
         subplot_titles=[f"W<sub>{kind[2:]}</sub>" for kind in kinds],
         horizontal_spacing=0.12,
-        vertical_spacing=0.5 / max(2, len(kinds)),
+        vertical_spacing=_GAP / inner if rows > 1 else 0,
+        shared_yaxes="all",
     )
     ticks, labels = signed_log_ticks(table["delta_loss"].to_numpy(), _UNIT)
     for place, kind in enumerate(kinds):
@@ -49,18 +53,26 @@ def spectrum(scores: Scores, frozen: FrozenSet | None = None) -> go.Figure:
                 col=place % columns + 1,
             )
     figure.update_xaxes(title_text="singular value index")
-    figure.update_yaxes(title_text="ΔL (nats)", tickvals=ticks, ticktext=labels)
+    figure.update_yaxes(
+        title_text="ΔL (nats)", tickvals=ticks, ticktext=labels, showticklabels=True
+    )
+    top, bottom = 130, 60
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": f"Score spectrum, criterion {scores.criterion}<br><sup>{SIGN}</sup>"},
-        height=160 + 240 * -(-len(kinds) // columns),
+        title={
+            "text": f"Score spectrum, criterion {scores.criterion}<br><sup>{SIGN}</sup>",
+            "y": 1 - 30 / (inner + top + bottom),
+            "yanchor": "top",
+        },
+        height=inner + top + bottom,
+        margin={"t": top, "b": bottom},
         legend={
             "orientation": "h",
-            "y": 1.0,
-            "yanchor": "bottom",
             "x": 1,
             "xanchor": "right",
-            "yref": "container",
+            "y": 1 + 40 / inner,
+            "yanchor": "bottom",
+            "itemsizing": "constant",
         },
     )
     return figure

@@ -44,4 +44,11 @@ def signed_log_ticks(values: np.ndarray, unit: float) -> tuple[list[float], list
     powers = [p for p in range(int(np.log10(unit)), 12) if 10.0**p <= largest * 1.5]
     powers = powers[-1::-2][::-1]
     ticks = [-(10.0**p) for p in powers[::-1]] + [0.0] + [10.0**p for p in powers]
-    return signed_log(np.array(ticks), unit).tolist(), [f"{t:g}" for t in ticks]
+    return signed_log(np.array(ticks), unit).tolist(), [_power(tick) for tick in ticks]
+
+
+def _power(value: float) -> str:
+    if value == 0 or 0.01 <= abs(value) <= 100:
+        return f"{value:g}".replace("-", "−")
+    sign, exponent = "−" if value < 0 else "", round(np.log10(abs(value)))
+    return f"{sign}10<sup>{exponent}</sup>".replace("-", "−")
