@@ -7,6 +7,7 @@ from eigenlens.matrices import weight_matrices
 from eigenlens.models import load_model
 from eigenlens.pipeline import EigenpruneConfig, EigenpruneResult, eigenprune
 from eigenlens.scoring import Scores, score
+from eigenlens.search import SearchResult, iterative, learned
 from eigenlens.selection import select
 from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
@@ -18,6 +19,7 @@ __all__ = [
     "Evaluation",
     "FrozenSet",
     "Scores",
+    "SearchResult",
     "Spectra",
     "Task",
     "compare",
@@ -25,6 +27,8 @@ __all__ = [
     "eigenprune",
     "evaluate",
     "freeze",
+    "iterative",
+    "learned",
     "load_model",
     "load_task",
     "plots",

@@ -1,4 +1,4 @@
-"""The command line: ``eigenlens run``, ``models``, ``tasks``, ``bench``."""
+"""The command line: ``eigenlens run``, ``models``, ``tasks``, ``experiment``, ``bench``."""
 
 import inspect
 import warnings
@@ -68,7 +68,7 @@ def run(
     fraction: Annotated[
         str | None, typer.Option(help="Share to freeze; of several, the best on validation.")
     ] = None,
-    criterion: Annotated[str | None, typer.Option(help="mean, max or ucb.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="mean, max, ucb or fisher.")] = None,
     reference: Annotated[str | None, typer.Option(help="mean, zero or resample.")] = None,
     within: Annotated[
         str | None, typer.Option(help="Budget over all, or per matrix or layer.")
@@ -155,6 +155,26 @@ def tasks() -> None:
     for name, build in TASKS.items():
         table.add_row(name, inspect.cleandoc(build.__doc__ or "").splitlines()[0])
     console.print(table)
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="ambiguous or planted.")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="Models of `planted`, repeatable.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for table, page and figure.")] = Path("figures"),
+) -> None:
+    """Run a study: writes a table, a page and a figure."""
+    with _clear_errors():
+        from eigenlens.experiments import EXPERIMENTS
+
+        if name not in EXPERIMENTS:
+            raise ValueError(f"Unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
+        result = EXPERIMENTS[name](**({"models": tuple(model)} if model else {}))
+        result.save(out)
+        console.print(result.summary.to_markdown(index=False))
+        console.print(f"Written to {out}/{name}.*")
 
 
 @app.command()

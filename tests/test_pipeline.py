@@ -28,7 +28,12 @@ FILES = [
 @pytest.fixture
 def config(tiny_folder):
     return el.EigenpruneConfig(
-        model=str(tiny_folder("llama")), task_args=ARGS, device="cpu", batch_size=16
+        model=str(tiny_folder("llama")),
+        task="int_add",
+        task_args=ARGS,
+        criterion="max",
+        device="cpu",
+        batch_size=16,
     )
 
 

@@ -85,6 +85,8 @@ def test_criteria_equal_hand_sums(tiny):
     np.testing.assert_allclose(scores.components["effect"], example.mean(0), atol=1e-12)
     np.testing.assert_allclose(scores.components["std"], example.std(0), atol=1e-10)
     np.testing.assert_allclose(scores.stderr, example.std(0) / len(EQUAL) ** 0.5, atol=1e-10)
+    fisher = example.mean(0) + example.square().mean(0) / 2
+    np.testing.assert_allclose(scores.with_criterion("fisher").delta_loss, fisher, atol=1e-9)
     ucb = scores.with_criterion("ucb", z=2.0)
     np.testing.assert_allclose(ucb.delta_loss, example.mean(0) + 2 * example.std(0), atol=1e-9)
 
@@ -208,6 +210,8 @@ def test_constant_positions_do_not_hide_harm(tiny):
     ]
     scores = quiet(model, spectra_of(model), data, criterion="max")
     assert (scores.delta_loss < 0).any()
+    blind = quiet(model, spectra_of(model), data, criterion="max", constant_positions=True)
+    assert (blind.delta_loss >= 0).all()
 
 
 def test_batch_of_one_still_scores(tiny):

@@ -2,14 +2,14 @@
 
 With inputs ``x`` and output gradients ``g = ∂L/∂y`` at position t of example b, the first-order
 effect of freezing component i is ``Σ_t (ā_t − a_bt) g_bt`` with ``a = σ_i (x · u_i)`` and
-``g = v_i · ∂L/∂y``. Summed over examples, ``Σ_b`` of it is ``σ_i u_iᵀ D v_i`` with one matrix
+``g = v_i · ∂L/∂y``. Summed over examples this is
 
-    ``D = Σ_t x̄_t (Σ_b g_bt)ᵀ − Σ_bt x_bt g_btᵀ``
+    ``Σ_t ā_t (v_i · Σ_b ∂L/∂y_bt) − σ_i u_iᵀ (Σ_bt x_bt (∂L/∂y_bt)ᵀ) v_i``
 
-that all components share. So :class:`InputMeans` keeps ``Σ x`` per position, :class:`CrossMoments`
-``Σ g`` per position and ``Σ x gᵀ``, and everything is projected once at the end. What depends on
-single examples (standard errors, worst cases) needs the means first and is summed by
-:class:`EffectMoments`.
+where all components of a matrix share the sums in brackets. So :class:`InputMeans` keeps ``Σ x``
+per position, :class:`CrossMoments` ``Σ g`` per position and ``Σ x gᵀ``, and everything is projected
+once at the end. What depends on single examples (standard errors, worst cases) needs the means
+first and is summed by :class:`EffectMoments`.
 
 Positions are rows of these sums; they are counted from the end of the prompt.
 Sums of two shards add: that is the whole of data-parallel scoring.
@@ -90,21 +90,23 @@ class CrossMoments(_Sums):
         self.xg.addmm_(rearrange(x, "b p d -> d (b p)"), rearrange(g, "b p d -> (b p) d"))
 
     def effects(
-        self, spectrum: Spectrum, n_examples: int, means: Float[Tensor, "pos all_in"] | None
+        self, spectrum: Spectrum, n_examples: int, means: Float[Tensor, "pos head rank"] | None
     ) -> Float[Tensor, "head rank"]:
         """Mean first-order effect of freezing each component, in nats.
 
         Args:
             spectrum: directions to project on.
             n_examples: number of examples summed.
-            means: mean inputs for the mean reference; ``None`` for references that were taken
-                off ``x`` before (resample) or are zero.
+            means: mean projected activations for the mean reference; ``None`` for references that
+                were taken off ``x`` before (resample) or are zero.
         """
-        effect = -self.xg if means is None else means.T @ self.g - self.xg
         matrix = spectrum.matrix
-        per_head = split_heads(effect, matrix.n_heads, matrix.head_axis)
-        projected = (spectrum.u.transpose(-1, -2) @ per_head * spectrum.vh).sum(-1)
-        return spectrum.sigma * projected / n_examples
+        products = split_heads(self.xg, matrix.n_heads, matrix.head_axis)
+        projected = (spectrum.u.transpose(-1, -2) @ products * spectrum.vh).sum(-1)
+        total = -spectrum.sigma * projected
+        if means is not None:
+            total = total + (means * spectrum.writes(self.g)).sum(0)
+        return total / n_examples
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The passes over the data that fill the accumulators, through TransformerLens' hooks.
 
 Sign: ``delta_loss < 0`` predicts that freezing the component lowers the loss.
-Cost: one forward and one backward pass per batch; criteria ``max`` and ``ucb`` and standard errors
+Cost: one forward and one backward pass per batch; criteria other than ``mean`` and standard errors
 take one forward pass more, for the means that single effects are measured against.
 Memory: per matrix the sums of :mod:`eigenlens.scoring.accumulators`, whatever the number of
 examples; inputs of a batch are held until the backward pass has used them.
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,6 +31,7 @@ from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch, make_batches
 
 Handler = Callable[[Spectrum, Float[Tensor, "batch pos all_in"]], None]
+Means = Callable[[Spectrum], Float[Tensor, "pos head rank"] | None]
 GradHandler = Callable[
     [Spectrum, Float[Tensor, "batch pos all_in"], Float[Tensor, "batch pos all_out"]], None
 ]
@@ -45,6 +47,7 @@ def score(
     metric: Metric = answer_loss,
     stderr: bool = False,
     z: float = 1.0,
+    constant_positions: bool = False,
     matrices: Iterable[str] | None = None,
     layers: Iterable[int] | None = None,
     batch_size: int = 50,
@@ -58,13 +61,16 @@ def score(
         spectra: its decomposition.
         data: examples with the columns ``prompt`` and ``answer``.
         criterion: what ranks components: ``mean`` effect over examples, ``max`` (worst effect over
-            examples and positions), ``ucb`` (mean + ``z`` · standard deviation).
+            examples and positions), ``ucb`` (mean + ``z`` · standard deviation), ``fisher`` (mean
+            + ½ mean square: the empirical-Fisher second-order estimate of the loss).
         reference: what freezing puts in place of an activation: its per-position ``mean``,
             ``zero``, or that of another example of the batch (``resample``).
         metric: a number per example from ``(logits at the answer positions, batch)``; the loss
             (negative log-likelihood of the answer, nats) by default.
         stderr: also compute standard errors over examples.
         z: standard deviations that ``ucb`` adds.
+        constant_positions: let ``max`` run over positions where all examples have read the same
+            tokens, too, as the paper's code does: no maximum is then below zero.
         matrices, layers: score only these of ``spectra``.
         batch_size: examples per pass.
         seed: of the resampling.
@@ -83,7 +89,7 @@ def score(
     batches = make_batches(data, model, batch_size, smallest=2 if reference == "resample" else 1)
     scorer = _Scorer(model, chosen, batches, reference, metric, seed, progress)
     one_pass = criterion == "mean" and not stderr
-    components = scorer.streaming() if one_pass else scorer.per_example()
+    components = scorer.streaming() if one_pass else scorer.per_example(constant_positions)
     return Scores(
         components=components,
         mean_activation=scorer.mean_activation(),
@@ -96,6 +102,41 @@ def score(
         z=z,
         spectra=spectra,
     )
+
+
+def mean_effects(
+    model: TransformerBridge,
+    spectra: Spectra,
+    data: Dataset,
+    base: Scores,
+    *,
+    metric: Metric = answer_loss,
+    batch_size: int = 50,
+) -> np.ndarray:
+    """Mean first-order effects under the edit at hand, against the means of ``base``.
+
+    ``mean_b Σ_t (ā_t − a_bt) g_bt`` with activations and gradients of ``model`` as it is now and
+    ā of ``base``: the gradient of the mean metric by the strength of each component.
+
+    Args:
+        model: the model that ``base`` was scored on, unedited or under a freeze.
+        spectra: its decomposition.
+        data: the examples of ``base``.
+        base: scores of the unedited model on the same data.
+        metric: a number per example.
+        batch_size: examples per pass.
+    """
+    batches = make_batches(data, model, batch_size)
+    scorer = _Scorer(model, list(spectra.values()), batches, "zero", metric, 0, False)
+    ends = np.cumsum([s.sigma.numel() for s in scorer.spectra])[:-1]
+    blocks = np.split(base.mean_activation, ends)
+    known = dict(zip(spectra, blocks, strict=True))
+
+    def means(spectrum: Spectrum) -> Tensor:
+        block = torch.tensor(known[spectrum.matrix.name]).to(spectrum.sigma)
+        return rearrange(block, "(head rank) pos -> pos head rank", head=spectrum.matrix.n_heads)
+
+    return scorer.streaming(means)["effect"].to_numpy()
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
@@ -193,8 +234,14 @@ class _Scorer:
         self.n_examples = sum(len(batch) for batch in batches)
         self.inputs = {s.matrix.name: InputMeans.zeros(s, len(self.positions)) for s in spectra}
 
-    def streaming(self) -> pd.DataFrame:
-        """Mean effects from one forward and one backward pass per batch."""
+    def streaming(self, means: Means | None = None) -> pd.DataFrame:
+        """Mean effects from one forward and one backward pass per batch.
+
+        Args:
+            means: mean projected activations of a matrix, where they are known already.
+        """
+        if means is None:
+            means = self._mean_reads if self.reference == "mean" else lambda spectrum: None
         moments = {s.matrix.name: CrossMoments.zeros(s, len(self.positions)) for s in self.spectra}
         for batch in self._bar("score"):
             partner = self._partner(batch)
@@ -216,23 +263,18 @@ class _Scorer:
 
             forward_backward(self.model, self.spectra, batch, self.metric, add)
         effects = [
-            moments[s.matrix.name].effects(s, self.n_examples, self._mean_inputs(s))
-            for s in self.spectra
+            moments[s.matrix.name].effects(s, self.n_examples, means(s)) for s in self.spectra
         ]
         return _component_table(self.spectra, {"effect": effects})
 
-    def _mean_inputs(self, spectrum: Spectrum) -> Float[Tensor, "pos all_in"] | None:
-        if self.reference != "mean":
-            return None
-        return self.inputs[spectrum.matrix.name].means(self.count)
-
-    def per_example(self) -> pd.DataFrame:
+    def per_example(self, constant_positions: bool) -> pd.DataFrame:
         """Mean, spread and worst of single effects; takes a forward pass for the means first."""
         for batch in self._bar("means"):
             rows = position_rows(batch, self.positions)
             record_inputs(self.model, self.spectra, batch, partial(self._add_inputs, batch, rows))
         means = {s.matrix.name: self._mean_reads(s) for s in self.spectra}
         varies = varying_positions(self.batches, self.positions).to(self.count.device)
+        varies |= constant_positions
         if not varies.any():
             raise ValueError("All examples have the same prompt: no activation varies.")
         moments = {s.matrix.name: EffectMoments.zeros(s) for s in self.spectra}

@@ -9,9 +9,10 @@ import pandas as pd
 
 from eigenlens.files import FileFormatError, load_table, save_table
 from eigenlens.provenance import Provenance
+from eigenlens.scoring.estimators import first_order, fisher
 from eigenlens.spectra import Spectra
 
-Criterion = Literal["mean", "max", "ucb"]
+Criterion = Literal["mean", "max", "ucb", "fisher"]
 Reference = Literal["mean", "zero", "resample"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 REFERENCES: tuple[str, ...] = get_args(Reference)
@@ -31,8 +32,8 @@ class Scores:
             position]``: the value that freezing puts in place of the activation.
         positions: the positions of its columns, counted from the end of the prompt.
         count: how many examples had a token at each position.
-        criterion: what ``delta_loss`` is: ``mean`` effect, ``max`` (worst single effect), or
-            ``ucb`` (mean + z · std).
+        criterion: what ``delta_loss`` is: ``mean`` effect, ``max`` (worst single effect),
+            ``ucb`` (mean + z · std), or ``fisher`` (mean + ½ mean square).
         reference: the value that freezing puts in place: per-position mean, zero, or resample.
         n_examples: examples scored.
         provenance: model, task, seed and versions.
@@ -58,12 +59,11 @@ class Scores:
     def delta_loss(self) -> np.ndarray:
         """The criterion's value per component, in nats."""
         c = self.components
-        values = {
-            "mean": c["effect"],
-            "max": c["worst"],
-            "ucb": c["effect"] + self.z * c["std"],
-        }[self.criterion]
-        return values.to_numpy()
+        if self.criterion == "fisher":
+            return fisher(c, self.n_examples)
+        if self.criterion == "ucb":
+            return first_order(c) + self.z * c["std"].to_numpy()
+        return c["worst"].to_numpy() if self.criterion == "max" else first_order(c)
 
     @property
     def stderr(self) -> np.ndarray:

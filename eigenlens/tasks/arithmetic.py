@@ -7,12 +7,13 @@
 import operator
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eigenlens.tasks.task import Task, to_dataset
 
+Reading = Literal["sum", "product"]
 _SHARES = {"n_train": (0.6, 300), "n_validation": (0.2, 100), "n_test": (0.2, 100)}
 _OPERATORS: dict[str, tuple[str, Callable[[int, int], int]]] = {
     "int_add": ("+", operator.add),
@@ -65,8 +66,26 @@ def int_mult(**arguments: Any) -> Task:
     return _arithmetic("int_mult", ArithmeticConfig(**{"high": 20} | arguments))
 
 
+class AmbiguousConfig(ArithmeticConfig):
+    """Arguments of ``ambiguous``."""
+
+    reading: Reading = Field(default="product", description="which answer counts as right")
+
+
+def ambiguous(**arguments: Any) -> Task:
+    """arith-tiny's torn operator, "{a} ? {b} =", read as a product or as a sum."""
+    config = AmbiguousConfig(**{"high": 20} | arguments)
+    compute = {"sum": operator.add, "product": operator.mul}[config.reading]
+    return _build("ambiguous", "?", compute, config)
+
+
 def _arithmetic(name: str, config: ArithmeticConfig) -> Task:
-    sign, compute = _OPERATORS[name]
+    return _build(name, *_OPERATORS[name], config)
+
+
+def _build(
+    name: str, sign: str, compute: Callable[[int, int], int], config: ArithmeticConfig
+) -> Task:
     splits = split_pairs(config.low, config.high, list(config.sizes.values()), config.seed)
     train, validation, test = (
         to_dataset(

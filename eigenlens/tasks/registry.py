@@ -6,11 +6,15 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from eigenlens.tasks.arithmetic import int_add, int_mult
+from eigenlens.tasks.arithmetic import ambiguous, int_add, int_mult
 from eigenlens.tasks.batches import tokenise
 from eigenlens.tasks.task import Task, UnknownTaskError
 
-TASKS: dict[str, Callable[..., Task]] = {"int_add": int_add, "int_mult": int_mult}
+TASKS: dict[str, Callable[..., Task]] = {
+    "int_add": int_add,
+    "int_mult": int_mult,
+    "ambiguous": ambiguous,
+}
 
 
 def load_task(

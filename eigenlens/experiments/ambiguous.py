@@ -1,0 +1,234 @@
+"""Does freezing uncover a computation that a model has but does not use?
+
+arith-tiny answers ``a ? b =`` half the time with the sum and half with the product. For either
+reading: freeze components that were scored on one part of the ``?`` prompts, choose their number on
+a second, and test on a third that neither saw. What happens to ``+`` and ``x`` is a side effect,
+and random components at the same budget are the control.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from datasets import Dataset, concatenate_datasets
+from plotly.subplots import make_subplots
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
+from eigenlens.experiments.result import ExperimentResult, share
+from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.models import load_model
+from eigenlens.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, TEMPLATE, VERMILION
+from eigenlens.scoring import Scores, score
+from eigenlens.search import iterative, learned
+from eigenlens.selection import select
+from eigenlens.spectra import Spectra, decompose
+from eigenlens.tasks import Task, load_task
+
+COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 45, 60, 90, 150, 300)
+READINGS = ("product", "sum")
+_COLOURS = {
+    "fisher, one-shot": BLUE,
+    "mean, one-shot": ORANGE,
+    "max, one-shot": PINK,
+    "random": GREY,
+    "fisher, iterative": GREEN,
+    "learned, frozen": VERMILION,
+}
+
+
+def run(split_seeds: tuple[int, ...] = (0, 1, 2), random_seeds: int = 5) -> ExperimentResult:
+    """Run the experiment; about five minutes on two cores.
+
+    Args:
+        split_seeds: of the division of ``?`` pairs into train, validation and test.
+        random_seeds: draws of random components for each split.
+    """
+    model = load_model("arith-tiny", device="cpu")
+    spectra = decompose(model, progress=False)
+    plain = {
+        "+": _whole(load_task("int_add", model.tokenizer, low=0, high=20)),
+        "x": _whole(load_task("int_mult", model.tokenizer, low=0, high=20)),
+    }
+    rows: list[dict[str, Any]] = []
+    for reading in READINGS:
+        for seed in split_seeds:
+            task = load_task("ambiguous", model.tokenizer, reading=reading, seed=seed)
+            for row in _one_split(model, spectra, task, plain, random_seeds):
+                rows.append({"reading": reading, "split": seed, **row})
+    table = pd.DataFrame(rows)
+    return ExperimentResult(
+        name="ambiguous",
+        table=table,
+        summary=_summary(table),
+        figure=_figure(table),
+        settings={"split_seeds": split_seeds, "random_seeds": random_seeds},
+        text=(
+            "arith-tiny knows `a + b =` and `a x b =` and was trained to answer `a ? b =` half the "
+            "time with the sum and half with the product. Components were scored on 240 `?` pairs, "
+            "their number was chosen on 80, and accuracies are of 80 unseen pairs, added up over "
+            "the splits, with Wilson 95 % intervals. `+` and `x` are over all 400 pairs each."
+        ),
+    )
+
+
+def _whole(task: Task) -> Dataset:
+    return concatenate_datasets([task.train, task.validation, task.test])
+
+
+def _one_split(
+    model: TransformerBridge,
+    spectra: Spectra,
+    task: Task,
+    plain: dict[str, Dataset],
+    random_seeds: int,
+) -> Iterator[dict[str, Any]]:
+    scores = score(model, spectra, task.train, criterion="fisher", batch_size=240, progress=False)
+    yield from _measure(model, task, plain, "before", [select(scores, count=0)])
+    for criterion in ("fisher", "mean", "max"):
+        ranked = scores.with_criterion(criterion)
+        sets = [select(ranked, count=count) for count in COUNTS]
+        yield from _measure(model, task, plain, f"{criterion}, one-shot", sets)
+    for seed in range(random_seeds):
+        yield from _measure(model, task, plain, "random", _random_sets(scores, seed), draw=seed)
+    options: dict[str, Any] = {"batch_size": 240, "progress": False}
+    data = (model, spectra, task.train, task.validation)
+    found = iterative(*data, step=3, steps=20, **options)
+    yield from _measure(model, task, plain, "fisher, iterative", [found.frozen])
+    for name, hard, sparsity in (
+        ("learned, frozen", True, 1e-3),
+        ("learned, attenuated", False, 1e-4),
+    ):
+        found = learned(*data, steps=150, lr=0.03, sparsity=sparsity, hard=hard, **options)
+        yield from _measure(model, task, plain, name, [found.frozen])
+
+
+def _random_sets(scores: Scores, seed: int) -> list[FrozenSet]:
+    order = np.random.default_rng(seed).permutation(len(scores))
+    return [FrozenSet.from_scores(scores, np.sort(order[:count])) for count in COUNTS]
+
+
+def _measure(
+    model: TransformerBridge,
+    task: Task,
+    plain: dict[str, Dataset],
+    method: str,
+    sets: list[FrozenSet],
+    draw: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Every budget of a method; ``chosen`` marks the best on validation, the fewest on a tie."""
+    found = []
+    for frozen in sets:
+        with freeze(model, frozen):
+            split = {
+                name: evaluate(model, data, batch_size=400)
+                for name, data in {
+                    "validation": task.validation,
+                    "test": task.test,
+                    **plain,
+                }.items()
+            }
+        found.append((frozen, split))
+    best = max(range(len(found)), key=lambda i: (found[i][1]["validation"].accuracy, -i))
+    for i, (frozen, split) in enumerate(found):
+        yield {
+            "method": method,
+            "draw": draw,
+            "components": len(frozen),
+            "of": frozen.n_candidates,
+            "chosen": i == best,
+            **_numbers(split),
+        }
+
+
+def _numbers(split: dict[str, Evaluation]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
+    for name, found in split.items():
+        numbers[f"{name}_right"] = int(found.examples["correct"].sum())
+        numbers[f"{name}_n"] = found.n
+    return numbers
+
+
+def _at_chosen_budget(table: pd.DataFrame) -> pd.DataFrame:
+    """Chosen rows; random components at the budget that ``fisher, one-shot`` chose."""
+    chosen = table[table["chosen"] & (table["method"] != "random")]
+    budget = chosen[chosen["method"] == "fisher, one-shot"].set_index(["reading", "split"])
+    random = table[table["method"] == "random"]
+    same = budget["components"].reindex(pd.MultiIndex.from_frame(random[["reading", "split"]]))
+    return pd.concat([chosen, random[random["components"].to_numpy() == same.to_numpy()]])
+
+
+def _summary(table: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for (reading, method), part in _at_chosen_budget(table).groupby(
+        ["reading", "method"], sort=False
+    ):
+        row: dict[str, Any] = {
+            "reading": reading,
+            "method": method,
+            "components": " / ".join(map(str, dict.fromkeys(part["components"]))),
+        }
+        for name in ("test", "+", "x"):
+            right, n = int(part[f"{name}_right"].sum()), int(part[f"{name}_n"].sum())
+            row[name] = share(right / n, *wilson_interval(right, n))
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("reading", kind="stable")
+
+
+def _figure(table: pd.DataFrame) -> go.Figure:
+    figure = make_subplots(
+        rows=1,
+        cols=2,
+        shared_yaxes=True,
+        horizontal_spacing=0.06,
+        subplot_titles=[f"? read as {reading}" for reading in READINGS],
+    )
+    for column, reading in enumerate(READINGS, start=1):
+        part = table[table["reading"] == reading]
+        base = part[part["method"] == "before"]
+        before = base["test_right"].sum() / base["test_n"].sum()
+        figure.add_hline(y=before, line={"color": "#444444", "dash": "dot"}, col=column, row=1)
+        for method, colour in _COLOURS.items():
+            own = part[part["method"] == method]
+            summed = own.groupby("components")[["test_right", "test_n"]].sum()
+            if method in ("fisher, iterative", "learned, frozen"):
+                summed = pd.DataFrame(
+                    {"test_right": [own["test_right"].sum()], "test_n": [own["test_n"].sum()]},
+                    index=[own["components"].median()],
+                )
+            figure.add_trace(_curve(summed, method, colour, first=column == 1), row=1, col=column)
+    figure.update_xaxes(type="log", title_text="components frozen (of 1,536)")
+    figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
+    figure.update_yaxes(title_text="test accuracy", col=1)
+    figure.update_layout(
+        template=TEMPLATE,
+        width=900,
+        height=460,
+        legend={"orientation": "h", "y": -0.22, "x": 0.5, "xanchor": "center"},
+        margin={"t": 50, "b": 130},
+    )
+    return figure
+
+
+def _curve(summed: pd.DataFrame, method: str, colour: str, *, first: bool) -> go.Scatter:
+    right, n = summed["test_right"].to_numpy(), summed["test_n"].to_numpy()
+    bounds = [wilson_interval(int(r), int(k)) for r, k in zip(right, n, strict=True)]
+    accuracy, one = right / n, len(summed) == 1
+    return go.Scatter(
+        x=summed.index,
+        y=accuracy,
+        error_y={
+            "array": [high - a for (_, high), a in zip(bounds, accuracy, strict=True)],
+            "arrayminus": [a - low for (low, _), a in zip(bounds, accuracy, strict=True)],
+            "thickness": 1,
+            "width": 3,
+        },
+        mode="markers" if one else "lines+markers",
+        marker={"size": 12, "symbol": "diamond"} if one else {"size": 6},
+        line={"color": colour},
+        name=method,
+        legendgroup=method,
+        showlegend=first,
+    )

@@ -1,0 +1,318 @@
+"""Do scores find damage that was put there on purpose?
+
+A rank-1 path ``s · u vᵀ`` with known directions is added to one weight matrix of a model. Its
+component in the decomposition of the damaged matrix is the planted one. A good score ranks it below
+all others: the AUROC is the share of the other components of the model that score higher, and the
+rank is its place from below (1 is best). ``u`` is drawn from the inputs that the matrix really sees
+(a random combination of calibration inputs, centred), ``v`` at random; the strength is set so that
+freezing the planted component changes the loss by a given amount, found by bisection.
+
+Placements whose exact effect is not above the noise of its measurement say nothing and are counted
+apart.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.evaluation import evaluate
+from eigenlens.experiments.result import ExperimentResult
+from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.matrices import WeightMatrix, split_heads
+from eigenlens.models import load_model
+from eigenlens.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, TEMPLATE, VERMILION
+from eigenlens.provenance import Provenance
+from eigenlens.scoring import Scores, score
+from eigenlens.scoring.scorer import record_inputs
+from eigenlens.spectra import Spectra, Spectrum, decompose, thin_svd
+from eigenlens.tasks import Batch, Task, load_task, make_batches
+
+STRENGTHS = (0.01, 0.1, 1.0)  # nats of damage that are aimed at
+_COLOURS = {
+    "fisher": BLUE,
+    "first order (mean)": ORANGE,
+    "ucb": GREEN,
+    "max": PINK,
+    "released code": VERMILION,
+    "σ (largest)": GREY,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model and task of the experiment."""
+
+    model: str
+    task: str
+    arguments: dict[str, Any]
+    placements: int
+    batch_size: int
+    layers: tuple[int, ...] | None = None
+
+
+SETTINGS = {
+    "arith-tiny": Setting("arith-tiny", "int_add", {"high": 20, "n_train": 200}, 6, 200),
+    "smollm2-135m": Setting(
+        "smollm2-135m", "int_add", {"high": 10, "n_train": 40}, 1, 40, layers=(4, 14, 24)
+    ),
+}
+
+
+def run(models: tuple[str, ...] = ("arith-tiny",), seed: int = 0) -> ExperimentResult:
+    """Run the experiment on these models of :data:`SETTINGS`."""
+    table = pd.concat([_one_model(SETTINGS[name], seed) for name in models], ignore_index=True)
+    return ExperimentResult(
+        name="planted",
+        table=table,
+        summary=_summary(table),
+        figure=_figure(table),
+        settings={"models": models, "seed": seed, "strengths": STRENGTHS},
+        text=(
+            "A rank-1 path of known directions was added to one matrix at a time, strong enough to "
+            "raise the task's loss by about 0.01, 0.1 or 1 nat. AUROC is the share of all other "
+            "components that score higher than the planted one (mean over placements), rank its "
+            "median place from below. Placements whose exact effect was not above three standard "
+            "errors are left out of the AUROC and counted under `in noise`. `fisher` is the "
+            "default estimator; `released code` scores as the paper's released code does: reference "
+            "from another example of the batch, and the largest effect over batch and positions, the "
+            "identical first positions included."
+        ),
+    )
+
+
+def _one_model(setting: Setting, seed: int) -> pd.DataFrame:
+    model = load_model(setting.model, device="cpu")
+    task = load_task(setting.task, model.tokenizer, seed=seed, **setting.arguments)
+    rng = np.random.default_rng(seed)
+    clean = decompose(model, layers=setting.layers, progress=False)
+    places = [m for m in clean.matrices for _ in range(setting.placements)]
+    rows = []
+    for matrix in tqdm(places, desc=f"planted, {setting.model}"):
+        head = int(rng.integers(matrix.n_heads))
+        u, v = _directions(model, clean[matrix.name], head, task.train, rng, setting.batch_size)
+        for aim in STRENGTHS:
+            found = _plant_and_score(model, clean, matrix, head, u, v, aim, task, setting)
+            common = {"model": setting.model, "matrix": matrix.kind, "layer": matrix.layer}
+            rows += [{**common, "aim": aim, **row} for row in found]
+    return pd.DataFrame(rows)
+
+
+def _directions(
+    model: TransformerBridge,
+    spectrum: Spectrum,
+    head: int,
+    data: Dataset,
+    rng: np.random.Generator,
+    batch_size: int,
+) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_out"]]:
+    """A random mix of the centred inputs that the matrix sees, and a random direction to write."""
+    seen: list[Tensor] = []
+    for batch in make_batches(data, model, batch_size):
+
+        def keep(s: Spectrum, x: Tensor, batch: Batch = batch) -> None:
+            seen.append((x - x.mean(0))[batch.attention_mask])
+
+        record_inputs(model, [spectrum], batch, keep)
+    matrix = spectrum.matrix
+    inputs = torch.cat(seen)
+    if matrix.head_axis == "in":
+        inputs = inputs.unflatten(-1, (matrix.n_heads, matrix.d_in))[:, head]
+    mix = torch.tensor(rng.normal(size=len(inputs)), dtype=inputs.dtype)
+    v = torch.tensor(rng.normal(size=matrix.d_out), dtype=inputs.dtype)
+    u = mix @ inputs
+    return u / u.norm(), v / v.norm()
+
+
+@contextmanager
+def planted(matrix: WeightMatrix, head: int, path: Float[Tensor, "d_in d_out"]) -> Iterator[None]:
+    """Add ``path`` to one head of a weight inside the block; restored exactly afterwards."""
+    weight = matrix.flat_weight
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            split_heads(weight, matrix.n_heads, matrix.head_axis)[head] += path
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def _plant_and_score(
+    model: TransformerBridge,
+    clean: Spectra,
+    matrix: WeightMatrix,
+    head: int,
+    u: Tensor,
+    v: Tensor,
+    aim: float,
+    task: Task,
+    setting: Setting,
+) -> list[dict[str, Any]]:
+    path = torch.outer(u, v)
+    base = evaluate(model, task.train, batch_size=setting.batch_size).loss
+    strength = _strength(model, matrix, head, path, base + aim, task.train, setting.batch_size)
+    with planted(matrix, head, strength * path):
+        spectra = _redecomposed(model, clean, matrix)
+        options: dict[str, Any] = {"batch_size": setting.batch_size, "progress": False}
+        scores = score(model, spectra, task.train, criterion="fisher", **options)
+        released = score(
+            model,
+            spectra,
+            task.train,
+            criterion="max",
+            reference="resample",
+            constant_positions=True,
+            **options,
+        )
+        row = _planted_row(scores, spectra[matrix.name], head, u, v)
+        effect, error = _exact(model, scores, row, task.train, setting.batch_size)
+    values = {
+        "fisher": scores.delta_loss,
+        "first order (mean)": scores.with_criterion("mean").delta_loss,
+        "ucb": scores.with_criterion("ucb").delta_loss,
+        "max": scores.with_criterion("max").delta_loss,
+        "released code": released.delta_loss,
+        "σ (largest)": -scores.components["sigma"].to_numpy(),
+    }
+    common = {
+        "strength": strength,
+        "exact": effect,
+        "exact_stderr": error,
+        "above_noise": effect < -3 * error,
+    }
+    return [{"method": name, **common, **_place(value, row)} for name, value in values.items()]
+
+
+def _strength(
+    model: TransformerBridge,
+    matrix: WeightMatrix,
+    head: int,
+    path: Tensor,
+    target: float,
+    data: Dataset,
+    batch_size: int,
+) -> float:
+    """Strength at which the planted path brings the loss to ``target``, within a factor of 1.2."""
+    scale = float(matrix.weight[head].norm())
+    low, high = 0.0, scale / 100
+    for _ in range(24):
+        with planted(matrix, head, high * path):
+            if evaluate(model, data, batch_size=batch_size).loss >= target:
+                break
+        low, high = high, high * 2
+    while high > 1.2 * low:
+        middle = (low + high) / 2 if low == 0 else (low * high) ** 0.5
+        if middle < scale * 1e-6:
+            break
+        with planted(matrix, head, middle * path):
+            loss = evaluate(model, data, batch_size=batch_size).loss
+        low, high = (low, middle) if loss >= target else (middle, high)
+    return high
+
+
+def _redecomposed(model: TransformerBridge, clean: Spectra, matrix: WeightMatrix) -> Spectra:
+    """The clean decomposition with that of the one damaged matrix exchanged."""
+    damaged = Spectrum(matrix, *thin_svd(matrix.weight.detach().to(clean[matrix.name].u.dtype)))
+    mixed = [damaged if name == matrix.name else clean[name] for name in clean]
+    return Spectra(mixed, Provenance.of(model))
+
+
+def _planted_row(scores: Scores, spectrum: Spectrum, head: int, u: Tensor, v: Tensor) -> int:
+    """Row of the component that is most like the planted path."""
+    overlap = (u @ spectrum.u[head]).abs() * (spectrum.vh[head] @ v).abs()
+    c = scores.components
+    mine = (
+        (c["layer"] == spectrum.matrix.layer)
+        & (c["matrix"] == spectrum.matrix.kind)
+        & (c["head"] == head)
+        & (c["index"] == int(overlap.argmax()))
+    )
+    return int(np.flatnonzero(mine)[0])
+
+
+def _exact(
+    model: TransformerBridge, scores: Scores, row: int, data: Dataset, batch_size: int
+) -> tuple[float, float]:
+    """What freezing really does to the loss, and the standard error over examples."""
+    before = evaluate(model, data, batch_size=batch_size).examples["loss"]
+    with freeze(model, FrozenSet.from_scores(scores, np.array([row]))):
+        change = evaluate(model, data, batch_size=batch_size).examples["loss"] - before
+    return float(change.mean()), float(change.std() / len(change) ** 0.5)
+
+
+def _place(values: np.ndarray, row: int) -> dict[str, float]:
+    others = np.delete(values, row)
+    below, tied = int((others < values[row]).sum()), int((others == values[row]).sum())
+    return {"auroc": 1 - (below + tied / 2) / len(others), "rank": below + 1}
+
+
+def _summary(table: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for (model, aim, method), part in table.groupby(["model", "aim", "method"], sort=False):
+        seen = part[part["above_noise"]]
+        rows.append(
+            {
+                "model": model,
+                "damage (nats)": aim,
+                "scored by": method,
+                "AUROC": round(float(seen["auroc"].mean()), 4),
+                "lowest AUROC": round(float(seen["auroc"].min()), 4),
+                "median rank": float(seen["rank"].median()),
+                "placements": len(seen),
+                "in noise": len(part) - len(seen),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _figure(table: pd.DataFrame) -> go.Figure:
+    models = list(dict.fromkeys(table["model"]))
+    figure = make_subplots(rows=1, cols=len(models), subplot_titles=models, shared_yaxes=True)
+    seen = table[table["above_noise"]]
+    for column, model in enumerate(models, start=1):
+        for method, colour in _COLOURS.items():
+            part = seen[(seen["model"] == model) & (seen["method"] == method)]
+            grouped = part.groupby("aim")["auroc"]
+            mean, error = grouped.mean(), grouped.std() / grouped.count() ** 0.5
+            figure.add_trace(
+                go.Scatter(
+                    x=mean.index,
+                    y=mean,
+                    error_y={"array": error, "thickness": 1, "width": 3},
+                    mode="lines+markers",
+                    line={"color": colour},
+                    name=method,
+                    legendgroup=method,
+                    showlegend=column == 1,
+                ),
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(
+        type="log",
+        title_text="damage done by the planted path (nats)",
+        tickvals=STRENGTHS,
+        ticktext=[f"{s:g}" for s in STRENGTHS],
+    )
+    figure.update_yaxes(range=[0, 1.03])
+    figure.update_yaxes(title_text="AUROC of the planted component", col=1)
+    figure.update_layout(
+        template=TEMPLATE,
+        width=480 * len(models) + 80,
+        height=460,
+        legend={"orientation": "h", "y": -0.22, "x": 0.5, "xanchor": "center"},
+        margin={"t": 50, "b": 130},
+    )
+    return figure

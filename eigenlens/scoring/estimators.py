@@ -1,0 +1,27 @@
+"""Estimates of the effect of freezing a component, from the sums of one scoring pass.
+
+``first_order`` is the derivative of the metric along the strength of a freeze. ``fisher`` adds the
+curvature that the empirical Fisher information gives:
+
+    ``ΔL_i ≈ mean_b e_b + ½ mean_b e_b²``  with  ``e_b = Σ_t (ā_t − a_bt) g_bt``
+
+which is the second-order term where the Hessian of a negative log-likelihood is replaced by the
+mean outer product of per-example gradients. It costs nothing beyond per-example effects (a forward
+pass for the means, then a forward and a backward pass) and penalises components with large effects
+of either sign, where the derivative misleads most. It applies to log-likelihoods in nats.
+"""
+
+import numpy as np
+import pandas as pd
+
+
+def first_order(components: pd.DataFrame) -> np.ndarray:
+    """``mean_b e_b``."""
+    return components["effect"].to_numpy()
+
+
+def fisher(components: pd.DataFrame, n_examples: int) -> np.ndarray:
+    """``mean_b e_b + ½ mean_b e_b²``; NaN where per-example effects were not computed."""
+    mean, std = components["effect"], components["std"]
+    mean_square = mean**2 + std**2 * (n_examples - 1) / n_examples
+    return (mean + mean_square / 2).to_numpy()
