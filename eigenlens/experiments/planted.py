@@ -85,8 +85,8 @@ def run(models: tuple[str, ...] = ("arith-tiny",), seed: int = 0) -> ExperimentR
             "components that score higher than the planted one (mean over placements), rank its "
             "median place from below. Placements whose exact effect was not above three standard "
             "errors are left out of the AUROC and counted under `in noise`. `fisher` is the "
-            "default estimator; `released code` scores as the paper's released code does: reference "
-            "from another example of the batch, and the largest effect over batch and positions, the "
+            "default estimator; `released code` scores as the paper's released code does: "
+            "reference from another example of the batch, largest effect over batch and positions, "
             "identical first positions included."
         ),
     )
