@@ -68,7 +68,7 @@ def run(
     fraction: Annotated[
         str | None, typer.Option(help="Share to freeze; of several, the best on validation.")
     ] = None,
-    criterion: Annotated[str | None, typer.Option(help="mean, max, ucb or fisher.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="mean, max, ucb, fisher or margin.")] = None,
     reference: Annotated[str | None, typer.Option(help="mean, zero or resample.")] = None,
     within: Annotated[
         str | None, typer.Option(help="Budget over all, or per matrix or layer.")

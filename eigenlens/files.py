@@ -56,6 +56,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def _existing(path: str | os.PathLike[str]) -> Path:
+    found = Path(path)
+    if not found.is_file():
+        raise FileNotFoundError(f"No such file: {found}")
+    return found
+
+
 def _header(kind: str, metadata: Mapping[str, Any]) -> str:
     return json.dumps({"kind": kind, "format": FORMAT, **metadata})
 
@@ -96,9 +103,7 @@ def load_tensors(
         FileNotFoundError: there is no such file.
         FileFormatError: the file is truncated, foreign, or of another kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"No such file: {path}")
+    path = _existing(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER)
@@ -130,9 +135,7 @@ def load_table(path: str | os.PathLike[str], kind: str) -> tuple[pd.DataFrame, d
         FileNotFoundError: there is no such file.
         FileFormatError: the file is truncated, foreign, or of another kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"No such file: {path}")
+    path = _existing(path)
     try:
         arrow = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:

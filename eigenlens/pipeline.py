@@ -46,7 +46,7 @@ class EigenpruneConfig(BaseModel):
     task_args: dict[str, Any] = Field(default_factory=dict)
     matrices: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
-    criterion: Criterion = "fisher"
+    criterion: Criterion = "margin"
     reference: Reference = "mean"
     fraction: tuple[float, ...] = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
     within: Within = "all"

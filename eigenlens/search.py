@@ -59,7 +59,7 @@ def iterative(
     *,
     step: int,
     steps: int = 20,
-    criterion: Criterion = "fisher",
+    criterion: Criterion = "margin",
     batch_size: int = 50,
     progress: bool = True,
 ) -> SearchResult:

@@ -32,7 +32,7 @@ def test_the_default_estimator_finds_what_was_planted(monkeypatch):
     monkeypatch.setitem(experiment.SETTINGS, "arith-tiny", setting)
     table = _one_model(setting, seed=1)
     assert set(table["aim"]) == set(STRENGTHS)
-    seen = table[table["above_noise"] & (table["method"] == "fisher")]
+    seen = table[table["above_noise"] & (table["method"] == "margin")]
     assert len(seen) >= 8
     assert seen["auroc"].mean() > 0.97
     strong = seen[seen["aim"] == 1.0]

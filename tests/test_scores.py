@@ -87,6 +87,11 @@ def test_criteria_equal_hand_sums(tiny):
     np.testing.assert_allclose(scores.stderr, example.std(0) / len(EQUAL) ** 0.5, atol=1e-10)
     fisher = example.mean(0) + example.square().mean(0) / 2
     np.testing.assert_allclose(scores.with_criterion("fisher").delta_loss, fisher, atol=1e-9)
+    losses = torch.tensor(el.evaluate(model, EQUAL).examples["loss"].to_numpy())[:, None]
+    odds = torch.log(torch.exp(-losses) / (1 - torch.exp(-losses)))
+    moved = odds - example / (1 - torch.exp(-losses))
+    margin = (-torch.log(torch.sigmoid(moved)) - losses).mean(0)
+    np.testing.assert_allclose(scores.with_criterion("margin").delta_loss, margin, atol=1e-9)
     ucb = scores.with_criterion("ucb", z=2.0)
     np.testing.assert_allclose(ucb.delta_loss, example.mean(0) + 2 * example.std(0), atol=1e-9)
 
@@ -110,7 +115,11 @@ def test_resample_equals_swapping_by_hand(tiny):
     xs, gs = [], []
     for batch in make_batches(pair, model, 2):
         forward_backward(
-            model, [spectrum], batch, answer_loss, lambda s, x, g: (xs.append(x), gs.append(g))
+            model,
+            [spectrum],
+            batch,
+            answer_loss,
+            lambda s, x, g, values: (xs.append(x), gs.append(g)),
         )
     a, g = spectrum.reads(xs[0]), spectrum.writes(gs[0])
     expected = ((a.flip(0) - a) * g).sum((0, 1)).flatten() / 2
@@ -144,9 +153,9 @@ def test_halves_merge_to_the_whole(tiny):
         for batch in part:
             rows = position_rows(batch, positions)
 
-            def add(s, x, g, rows=rows, batch=batch):
+            def add(s, x, g, values, rows=rows, batch=batch):
                 cross.update(rows, x, g)
-                single.update(-s.reads(x) * s.writes(g), batch.attention_mask)
+                single.update(-s.reads(x) * s.writes(g), batch.attention_mask, values)
 
             forward_backward(model, [spectrum], batch, answer_loss, add)
         return cross, single

@@ -84,7 +84,7 @@ def test_iterative_takes_the_best_step_of_its_trace(arith):
         after = el.evaluate(model, task.validation)
     assert after.accuracy == found.trace["accuracy"].max()
     first = el.select(
-        el.score(model, spectra, task.train, criterion="fisher", progress=False), count=4
+        el.score(model, spectra, task.train, criterion="margin", progress=False), count=4
     )
     with el.freeze(model, first):
         assert found.trace["accuracy"][1] == el.evaluate(model, task.validation).accuracy

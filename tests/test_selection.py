@@ -22,6 +22,7 @@ def scores(values, criterion="mean"):
             "index": np.arange(n),
             "sigma": 1.0,
             "effect": values,
+            "margin": values,
             "std": 0.5,
             "worst": np.abs(values),
         }

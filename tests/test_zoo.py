@@ -79,7 +79,7 @@ def test_freezing_uncovers_the_product(arith):
     """The paper's hypothesis in a bottle: 15 of 1,536 components, one shot, unseen pairs."""
     task = el.load_task("ambiguous", arith.tokenizer, reading="product")
     spectra = el.decompose(arith, progress=False)
-    scores = el.score(arith, spectra, task.train, criterion="fisher", progress=False)
+    scores = el.score(arith, spectra, task.train, criterion="margin", progress=False)
     before = el.evaluate(arith, task.test)
     with el.freeze(arith, el.select(scores, count=15)):
         after = el.evaluate(arith, task.test)

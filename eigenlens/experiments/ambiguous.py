@@ -30,11 +30,11 @@ from eigenlens.tasks import Task, load_task
 COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 45, 60, 90, 150, 300)
 READINGS = ("product", "sum")
 _COLOURS = {
-    "fisher, one-shot": BLUE,
+    "margin, one-shot": BLUE,
     "mean, one-shot": ORANGE,
     "max, one-shot": PINK,
     "random": GREY,
-    "fisher, iterative": GREEN,
+    "margin, iterative": GREEN,
     "learned, frozen": VERMILION,
 }
 
@@ -85,9 +85,9 @@ def _one_split(
     plain: dict[str, Dataset],
     random_seeds: int,
 ) -> Iterator[dict[str, Any]]:
-    scores = score(model, spectra, task.train, criterion="fisher", batch_size=240, progress=False)
+    scores = score(model, spectra, task.train, criterion="margin", batch_size=240, progress=False)
     yield from _measure(model, task, plain, "before", [select(scores, count=0)])
-    for criterion in ("fisher", "mean", "max"):
+    for criterion in ("margin", "mean", "max"):
         ranked = scores.with_criterion(criterion)
         sets = [select(ranked, count=count) for count in COUNTS]
         yield from _measure(model, task, plain, f"{criterion}, one-shot", sets)
@@ -96,7 +96,7 @@ def _one_split(
     options: dict[str, Any] = {"batch_size": 240, "progress": False}
     data = (model, spectra, task.train, task.validation)
     found = iterative(*data, step=3, steps=20, **options)
-    yield from _measure(model, task, plain, "fisher, iterative", [found.frozen])
+    yield from _measure(model, task, plain, "margin, iterative", [found.frozen])
     for name, hard, sparsity in (
         ("learned, frozen", True, 1e-3),
         ("learned, attenuated", False, 1e-4),
@@ -152,9 +152,9 @@ def _numbers(split: dict[str, Evaluation]) -> dict[str, Any]:
 
 
 def _at_chosen_budget(table: pd.DataFrame) -> pd.DataFrame:
-    """Chosen rows; random components at the budget that ``fisher, one-shot`` chose."""
+    """Chosen rows; random components at the budget that ``margin, one-shot`` chose."""
     chosen = table[table["chosen"] & (table["method"] != "random")]
-    budget = chosen[chosen["method"] == "fisher, one-shot"].set_index(["reading", "split"])
+    budget = chosen[chosen["method"] == "margin, one-shot"].set_index(["reading", "split"])
     random = table[table["method"] == "random"]
     same = budget["components"].reindex(pd.MultiIndex.from_frame(random[["reading", "split"]]))
     return pd.concat([chosen, random[random["components"].to_numpy() == same.to_numpy()]])
@@ -189,11 +189,18 @@ def _figure(table: pd.DataFrame) -> go.Figure:
         part = table[table["reading"] == reading]
         base = part[part["method"] == "before"]
         before = base["test_right"].sum() / base["test_n"].sum()
-        figure.add_hline(y=before, line={"color": "#444444", "dash": "dot"}, col=column, row=1)
+        figure.add_hline(
+            y=before,
+            line={"color": "#444444", "dash": "dot", "width": 1},
+            annotation={"text": "before", "font": {"size": 12}},
+            col=column,
+            row=1,
+            exclude_empty_subplots=False,
+        )
         for method, colour in _COLOURS.items():
             own = part[part["method"] == method]
             summed = own.groupby("components")[["test_right", "test_n"]].sum()
-            if method in ("fisher, iterative", "learned, frozen"):
+            if method in ("margin, iterative", "learned, frozen"):
                 summed = pd.DataFrame(
                     {"test_right": [own["test_right"].sum()], "test_n": [own["test_n"].sum()]},
                     index=[own["components"].median()],

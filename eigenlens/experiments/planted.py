@@ -5,10 +5,10 @@ component in the decomposition of the damaged matrix is the planted one. A good 
 all others: the AUROC is the share of the other components of the model that score higher, and the
 rank is its place from below (1 is best). ``u`` is drawn from the inputs that the matrix really sees
 (a random combination of calibration inputs, centred), ``v`` at random; the strength is set so that
-freezing the planted component changes the loss by a given amount, found by bisection.
+the path raises the loss by a given amount, found by bisection.
 
-Placements whose exact effect is not above the noise of its measurement say nothing and are counted
-apart.
+Placements that cannot do the damage at any strength (a torn attention pattern may not matter), or
+whose exact effect is not above the noise of its measurement, say nothing and are counted apart.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from eigenlens.experiments.result import ExperimentResult
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.matrices import WeightMatrix, split_heads
 from eigenlens.models import load_model
-from eigenlens.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, TEMPLATE, VERMILION
+from eigenlens.plots.style import BLUE, SKY, TEMPLATE, VERMILION
 from eigenlens.provenance import Provenance
 from eigenlens.scoring import Scores, score
 from eigenlens.scoring.scorer import record_inputs
@@ -40,14 +40,6 @@ from eigenlens.spectra import Spectra, Spectrum, decompose, thin_svd
 from eigenlens.tasks import Batch, Task, load_task, make_batches
 
 STRENGTHS = (0.01, 0.1, 1.0)  # nats of damage that are aimed at
-_COLOURS = {
-    "fisher": BLUE,
-    "first order (mean)": ORANGE,
-    "ucb": GREEN,
-    "max": PINK,
-    "released code": VERMILION,
-    "σ (largest)": GREY,
-}
 
 
 @dataclass(frozen=True)
@@ -65,14 +57,18 @@ class Setting:
 SETTINGS = {
     "arith-tiny": Setting("arith-tiny", "int_add", {"high": 20, "n_train": 200}, 6, 200),
     "smollm2-135m": Setting(
-        "smollm2-135m", "int_add", {"high": 10, "n_train": 40}, 1, 40, layers=(4, 14, 24)
+        "smollm2-135m", "int_add", {"high": 10, "n_train": 40}, 1, 40, layers=(4, 24)
     ),
 }
 
 
-def run(models: tuple[str, ...] = ("arith-tiny",), seed: int = 0) -> ExperimentResult:
+def run(models: tuple[str, ...] = tuple(SETTINGS), seed: int = 0) -> ExperimentResult:
     """Run the experiment on these models of :data:`SETTINGS`."""
     table = pd.concat([_one_model(SETTINGS[name], seed) for name in models], ignore_index=True)
+    return _result(table, models, seed)
+
+
+def _result(table: pd.DataFrame, models: tuple[str, ...], seed: int) -> ExperimentResult:
     return ExperimentResult(
         name="planted",
         table=table,
@@ -83,11 +79,14 @@ def run(models: tuple[str, ...] = ("arith-tiny",), seed: int = 0) -> ExperimentR
             "A rank-1 path of known directions was added to one matrix at a time, strong enough to "
             "raise the task's loss by about 0.01, 0.1 or 1 nat. AUROC is the share of all other "
             "components that score higher than the planted one (mean over placements), rank its "
-            "median place from below. Placements whose exact effect was not above three standard "
-            "errors are left out of the AUROC and counted under `in noise`. `fisher` is the "
-            "default estimator; `released code` scores as the paper's released code does: "
-            "reference from another example of the batch, largest effect over batch and positions, "
-            "identical first positions included."
+            "median place from below. Placements that could not do the damage at any strength, or "
+            "whose exact effect was not above three standard errors, are left out of the AUROC and "
+            "counted under `no damage` and `in noise` (rows where none is left are not shown). "
+            "`margin` is the default estimator; `released code` scores as the paper's released code "
+            "does: reference from another example of the batch, largest effect over batch and "
+            "positions, identical first positions included. A path strong enough to do damage is "
+            "also among the largest singular values, so σ alone finds it: this tests whether the "
+            "scores see what is harmful, not whether they are needed to find something unusual."
         ),
     )
 
@@ -162,11 +161,13 @@ def _plant_and_score(
 ) -> list[dict[str, Any]]:
     path = torch.outer(u, v)
     base = evaluate(model, task.train, batch_size=setting.batch_size).loss
-    strength = _strength(model, matrix, head, path, base + aim, task.train, setting.batch_size)
+    strength, reached = _strength(
+        model, matrix, head, path, base + aim, task.train, setting.batch_size
+    )
     with planted(matrix, head, strength * path):
         spectra = _redecomposed(model, clean, matrix)
         options: dict[str, Any] = {"batch_size": setting.batch_size, "progress": False}
-        scores = score(model, spectra, task.train, criterion="fisher", **options)
+        scores = score(model, spectra, task.train, criterion="margin", **options)
         released = score(
             model,
             spectra,
@@ -179,7 +180,8 @@ def _plant_and_score(
         row = _planted_row(scores, spectra[matrix.name], head, u, v)
         effect, error = _exact(model, scores, row, task.train, setting.batch_size)
     values = {
-        "fisher": scores.delta_loss,
+        "margin": scores.delta_loss,
+        "fisher": scores.with_criterion("fisher").delta_loss,
         "first order (mean)": scores.with_criterion("mean").delta_loss,
         "ucb": scores.with_criterion("ucb").delta_loss,
         "max": scores.with_criterion("max").delta_loss,
@@ -190,7 +192,8 @@ def _plant_and_score(
         "strength": strength,
         "exact": effect,
         "exact_stderr": error,
-        "above_noise": effect < -3 * error,
+        "reached": reached,
+        "above_noise": reached and effect < -3 * error,
     }
     return [{"method": name, **common, **_place(value, row)} for name, value in values.items()]
 
@@ -203,23 +206,25 @@ def _strength(
     target: float,
     data: Dataset,
     batch_size: int,
-) -> float:
-    """Strength at which the planted path brings the loss to ``target``, within a factor of 1.2."""
+) -> tuple[float, bool]:
+    """Strength that brings the loss to ``target``, within a factor of 1.2, and whether any does.
+
+    Paths up to 100 times the weight's norm are tried.
+    """
+
+    def damaged(strength: float) -> bool:
+        with planted(matrix, head, strength * path):
+            return evaluate(model, data, batch_size=batch_size).loss >= target
+
     scale = float(matrix.weight[head].norm())
-    low, high = 0.0, scale / 100
-    for _ in range(24):
-        with planted(matrix, head, high * path):
-            if evaluate(model, data, batch_size=batch_size).loss >= target:
-                break
-        low, high = high, high * 2
+    high = scale / 1000
+    while not damaged(high) and high < 100 * scale:
+        high *= 4
+    low = high / 4
     while high > 1.2 * low:
-        middle = (low + high) / 2 if low == 0 else (low * high) ** 0.5
-        if middle < scale * 1e-6:
-            break
-        with planted(matrix, head, middle * path):
-            loss = evaluate(model, data, batch_size=batch_size).loss
-        low, high = (low, middle) if loss >= target else (middle, high)
-    return high
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if damaged(middle) else (middle, high)
+    return high, damaged(high)
 
 
 def _redecomposed(model: TransformerBridge, clean: Spectra, matrix: WeightMatrix) -> Spectra:
@@ -262,6 +267,8 @@ def _summary(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (model, aim, method), part in table.groupby(["model", "aim", "method"], sort=False):
         seen = part[part["above_noise"]]
+        if seen.empty:
+            continue
         rows.append(
             {
                 "model": model,
@@ -271,7 +278,8 @@ def _summary(table: pd.DataFrame) -> pd.DataFrame:
                 "lowest AUROC": round(float(seen["auroc"].min()), 4),
                 "median rank": float(seen["rank"].median()),
                 "placements": len(seen),
-                "in noise": len(part) - len(seen),
+                "in noise": int((part["reached"] & ~part["above_noise"]).sum()),
+                "no damage": int((~part["reached"]).sum()),
             }
         )
     return pd.DataFrame(rows)
@@ -279,40 +287,36 @@ def _summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def _figure(table: pd.DataFrame) -> go.Figure:
     models = list(dict.fromkeys(table["model"]))
+    methods = list(dict.fromkeys(table["method"]))
     figure = make_subplots(rows=1, cols=len(models), subplot_titles=models, shared_yaxes=True)
     seen = table[table["above_noise"]]
     for column, model in enumerate(models, start=1):
-        for method, colour in _COLOURS.items():
-            part = seen[(seen["model"] == model) & (seen["method"] == method)]
-            grouped = part.groupby("aim")["auroc"]
-            mean, error = grouped.mean(), grouped.std() / grouped.count() ** 0.5
+        for aim, colour in zip(STRENGTHS, (SKY, BLUE, VERMILION), strict=True):
+            part = seen[(seen["model"] == model) & (seen["aim"] == aim)]
+            grouped = part.groupby("method")["auroc"]
+            error = grouped.std() / grouped.count() ** 0.5
             figure.add_trace(
-                go.Scatter(
-                    x=mean.index,
-                    y=mean,
-                    error_y={"array": error, "thickness": 1, "width": 3},
-                    mode="lines+markers",
-                    line={"color": colour},
-                    name=method,
-                    legendgroup=method,
+                go.Bar(
+                    x=methods,
+                    y=grouped.mean().reindex(methods),
+                    error_y={"array": error.reindex(methods), "thickness": 1, "width": 3},
+                    marker={"color": colour},
+                    name=f"{aim:g} nats of damage",
+                    legendgroup=str(aim),
                     showlegend=column == 1,
                 ),
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(
-        type="log",
-        title_text="damage done by the planted path (nats)",
-        tickvals=STRENGTHS,
-        ticktext=[f"{s:g}" for s in STRENGTHS],
-    )
-    figure.update_yaxes(range=[0, 1.03])
+    figure.update_xaxes(title_text="scored by", tickangle=-40)
+    figure.update_yaxes(range=[0, 1.05])
     figure.update_yaxes(title_text="AUROC of the planted component", col=1)
     figure.update_layout(
         template=TEMPLATE,
-        width=480 * len(models) + 80,
-        height=460,
-        legend={"orientation": "h", "y": -0.22, "x": 0.5, "xanchor": "center"},
-        margin={"t": 50, "b": 130},
+        barmode="group",
+        width=420 * len(models) + 80,
+        height=480,
+        legend={"orientation": "h", "y": 1.12, "yanchor": "bottom", "x": 0.5, "xanchor": "center"},
+        margin={"t": 100, "b": 150},
     )
     return figure

@@ -116,28 +116,33 @@ class EffectMoments(_Sums):
     Attributes:
         total: ``Σ_b e_b``, nats.
         square: ``Σ_b e_b²``.
+        margin: ``Σ_b`` of the :func:`margin_effect` of each example, nats.
         worst: largest ``(ā_t − a_bt) g_bt`` over examples and the positions that vary.
     """
 
     total: Float[Tensor, "head rank"]
     square: Float[Tensor, "head rank"]
+    margin: Float[Tensor, "head rank"]
     worst: Float[Tensor, "head rank"]
 
     @classmethod
     def zeros(cls, spectrum: Spectrum) -> "EffectMoments":
         """Empty sums."""
         zero = torch.zeros_like(spectrum.sigma)
-        return cls(zero, zero.clone(), torch.full_like(zero, -torch.inf))
+        margin = zero.to(torch.float64, copy=True)
+        return cls(zero, zero.clone(), margin, torch.full_like(zero, -torch.inf))
 
     def update(
         self,
         effect: Float[Tensor, "batch pos head rank"],
         varies: Bool[Tensor, "batch pos"],
+        loss: Float[Tensor, " batch"],
     ) -> None:
         """Add a batch of effects; padding must be zero, and is not among what ``varies``."""
         example = reduce(effect, "batch pos head rank -> batch head rank", "sum")
         self.total += example.sum(0)
         self.square += example.square().sum(0)
+        self.margin += margin_effect(example, loss).sum(0)
         candidates = effect[varies]
         if len(candidates):
             self.worst = torch.maximum(self.worst, candidates.amax(0))
@@ -146,3 +151,18 @@ class EffectMoments(_Sums):
         """Standard deviation of the effect over examples (``n − 1`` in the denominator)."""
         spread = self.square - self.total.square() / n_examples
         return (spread.clamp_min(0) / max(1, n_examples - 1)).sqrt()
+
+
+def margin_effect(
+    effect: Float[Tensor, "batch head rank"], loss: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch head rank"]:
+    """Change of a negative log-likelihood if freezing moves the answer's log-odds linearly.
+
+    An example of loss L has the log-odds ``m = log p − log(1 − p)``, ``p = e^−L``. Its first-order
+    effect e moves them by ``−e / (1 − p)``, and the loss is exactly ``log(1 + e^−m)``: bounded
+    below by zero, straight where the answer is wrong, curved where it is in the balance.
+    """
+    loss = loss.double().clamp_min(1e-12)[:, None, None]
+    wrong = -torch.expm1(-loss)  # 1 − p
+    odds = -loss - wrong.log() - effect.double() / wrong
+    return torch.nn.functional.softplus(-odds) - loss

@@ -8,7 +8,12 @@ curvature that the empirical Fisher information gives:
 which is the second-order term where the Hessian of a negative log-likelihood is replaced by the
 mean outer product of per-example gradients. It costs nothing beyond per-example effects (a forward
 pass for the means, then a forward and a backward pass) and penalises components with large effects
-of either sign, where the derivative misleads most. It applies to log-likelihoods in nats.
+of either sign, where the derivative misleads most. It applies to log-likelihoods in nats,
+and only near a minimum of the loss: where an answer is wrong, its gradient is large and the loss is
+straight, and the squared effect is no curvature.
+
+``margin`` (:func:`eigenlens.scoring.accumulators.margin_effect`) lets freezing move the log-odds of
+each answer linearly and takes the exact log-loss of that. Same passes as ``fisher``.
 """
 
 import numpy as np

@@ -26,14 +26,27 @@ from eigenlens.matrices import weight_matrices
 from eigenlens.metrics import Metric, answer_logits, answer_loss
 from eigenlens.provenance import Provenance, text_hash
 from eigenlens.scoring.accumulators import CrossMoments, EffectMoments, InputMeans
-from eigenlens.scoring.scores import CRITERIA, REFERENCES, Criterion, Reference, Scores
+from eigenlens.scoring.scores import (
+    CRITERIA,
+    REFERENCES,
+    STATISTICS,
+    Criterion,
+    Reference,
+    Scores,
+)
 from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch, make_batches
 
 Handler = Callable[[Spectrum, Float[Tensor, "batch pos all_in"]], None]
 Means = Callable[[Spectrum], Float[Tensor, "pos head rank"] | None]
 GradHandler = Callable[
-    [Spectrum, Float[Tensor, "batch pos all_in"], Float[Tensor, "batch pos all_out"]], None
+    [
+        Spectrum,
+        Float[Tensor, "batch pos all_in"],
+        Float[Tensor, "batch pos all_out"],
+        Float[Tensor, " batch"],
+    ],
+    None,
 ]
 
 
@@ -62,7 +75,9 @@ def score(
         data: examples with the columns ``prompt`` and ``answer``.
         criterion: what ranks components: ``mean`` effect over examples, ``max`` (worst effect over
             examples and positions), ``ucb`` (mean + ``z`` · standard deviation), ``fisher`` (mean
-            + ½ mean square: the empirical-Fisher second-order estimate of the loss).
+            + ½ mean square: the empirical-Fisher second-order estimate of the loss), ``margin``
+            (the loss if freezing moves the answer's log-odds linearly). The last two suppose that
+            the metric is a negative log-likelihood.
         reference: what freezing puts in place of an activation: its per-position ``mean``,
             ``zero``, or that of another example of the batch (``resample``).
         metric: a number per example from ``(logits at the answer positions, batch)``; the loss
@@ -251,6 +266,7 @@ class _Scorer:
                 spectrum: Spectrum,
                 x: Tensor,
                 g: Tensor,
+                values: Tensor,
                 rows: slice = rows,
                 batch: Batch = batch,
                 partner: Tensor | None = partner,
@@ -287,6 +303,7 @@ class _Scorer:
                 spectrum: Spectrum,
                 x: Tensor,
                 g: Tensor,
+                values: Tensor,
                 rows: slice = rows,
                 batch: Batch = batch,
                 partner: Tensor | None = partner,
@@ -301,7 +318,7 @@ class _Scorer:
                 else:
                     reference = torch.zeros_like(a)
                 effect = (reference - a) * spectrum.writes(g)
-                moments[name].update(_without_padding(effect, batch), here)
+                moments[name].update(_without_padding(effect, batch), here, values)
 
             forward_backward(self.model, self.spectra, batch, self.metric, add)
         found = [moments[s.matrix.name] for s in self.spectra]
@@ -309,6 +326,7 @@ class _Scorer:
             self.spectra,
             {
                 "effect": [m.total / self.n_examples for m in found],
+                "margin": [m.margin / self.n_examples for m in found],
                 "std": [m.std(self.n_examples) for m in found],
                 "worst": [m.worst for m in found],
             },
@@ -373,7 +391,7 @@ def _component_table(spectra: list[Spectrum], statistics: dict[str, list[Tensor]
             "sigma": column(s.sigma for s in spectra),
         }
     )
-    for name in ("effect", "std", "worst"):
+    for name in STATISTICS:
         table[name] = column(statistics[name]) if name in statistics else np.nan
     return table
 
@@ -400,8 +418,8 @@ def forward_backward(
 ) -> Float[Tensor, " batch"]:
     """One forward and one backward pass of the summed metric.
 
-    Every matrix's input and output gradient go to ``handle(spectrum, x, ∂metric/∂y)`` as the
-    backward pass reaches it. No gradient of a weight is computed, and nothing below the first
+    Every matrix's input and output gradient go to ``handle(spectrum, x, ∂metric/∂y, metric)`` as
+    the backward pass reaches it. No gradient of a weight is computed, and nothing below the first
     matrix is differentiated.
 
     Returns:
@@ -415,9 +433,10 @@ def forward_backward(
 
     def consume(spectrum: Spectrum, grad: Tensor, hook: Any) -> None:
         x = held.pop(spectrum.matrix.name)
-        handle(spectrum, x, _flat(grad.detach(), spectrum))
+        handle(spectrum, x, _flat(grad.detach(), spectrum), values[-1])
 
     leaves: list[Tensor] = []
+    values: list[Tensor] = []
 
     def start(value: Tensor, hook: Any) -> Tensor:
         leaves.append(value.detach().requires_grad_())
@@ -429,11 +448,12 @@ def forward_backward(
     bwd = [(s.matrix.hook_out, partial(consume, s)) for s in spectra]
     with torch.enable_grad(), model.hooks(fwd_hooks=fwd, bwd_hooks=bwd):
         logits = answer_logits(model, batch)
-        values = metric(logits if logits.dtype == torch.float64 else logits.float(), batch)
-        _check_finite(values, "metric", batch)
+        metrics = metric(logits if logits.dtype == torch.float64 else logits.float(), batch)
+        _check_finite(metrics, "metric", batch)
+        values.append(metrics.detach())
         # grad() of the leaf, not backward(): weights that require gradients get none.
-        torch.autograd.grad(values.sum(), leaves)
-    return values.detach()
+        torch.autograd.grad(metrics.sum(), leaves)
+    return values[-1]
 
 
 def _flat(value: Tensor, spectrum: Spectrum) -> Tensor:

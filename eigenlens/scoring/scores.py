@@ -12,12 +12,12 @@ from eigenlens.provenance import Provenance
 from eigenlens.scoring.estimators import first_order, fisher
 from eigenlens.spectra import Spectra
 
-Criterion = Literal["mean", "max", "ucb", "fisher"]
+Criterion = Literal["mean", "max", "ucb", "fisher", "margin"]
 Reference = Literal["mean", "zero", "resample"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 REFERENCES: tuple[str, ...] = get_args(Reference)
 COMPONENT = ["layer", "matrix", "head", "index"]
-_STATISTICS = ["effect", "std", "worst"]
+STATISTICS = ["effect", "margin", "std", "worst"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,16 @@ class Scores:
 
     Attributes:
         components: one row per component: ``layer, matrix, head, index, sigma``, and the mean
-            ``effect``, its ``std`` over examples and the ``worst`` single effect, in nats (the
-            last two are NaN unless a criterion or standard errors asked for them).
+            ``effect``, the mean ``margin`` effect, the ``std`` over examples and the ``worst``
+            single effect, in nats (the last three are NaN unless a criterion or standard errors
+            asked for them).
         mean_activation: mean projected activation per component and position, ``[component,
             position]``: the value that freezing puts in place of the activation.
         positions: the positions of its columns, counted from the end of the prompt.
         count: how many examples had a token at each position.
         criterion: what ``delta_loss`` is: ``mean`` effect, ``max`` (worst single effect),
-            ``ucb`` (mean + z · std), or ``fisher`` (mean + ½ mean square).
+            ``ucb`` (mean + z · std), ``fisher`` (mean + ½ mean square), or ``margin`` (the mean
+            change of the loss if log-odds move linearly).
         reference: the value that freezing puts in place: per-position mean, zero, or resample.
         n_examples: examples scored.
         provenance: model, task, seed and versions.
@@ -61,6 +63,8 @@ class Scores:
         c = self.components
         if self.criterion == "fisher":
             return fisher(c, self.n_examples)
+        if self.criterion == "margin":
+            return c["margin"].to_numpy()
         if self.criterion == "ucb":
             return first_order(c) + self.z * c["std"].to_numpy()
         return c["worst"].to_numpy() if self.criterion == "max" else first_order(c)
@@ -101,7 +105,7 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one parquet file; its table has the columns of ``to_pandas`` and more."""
-        table = self.to_pandas().join(self.components[_STATISTICS])
+        table = self.to_pandas().join(self.components[STATISTICS])
         table["mean_activation"] = list(self.mean_activation)
         metadata: dict[str, Any] = {
             "positions": [self.positions.start, self.positions.stop],
@@ -123,7 +127,7 @@ class Scores:
             FileFormatError: the file is truncated, foreign, or lacks a column.
         """
         table, metadata = load_table(path, "scores")
-        columns = [*COMPONENT, "sigma", *_STATISTICS]
+        columns = [*COMPONENT, "sigma", *STATISTICS]
         missing = {*columns, "mean_activation"} - set(table.columns)
         if missing:
             raise FileFormatError(f"{path} lacks the columns {', '.join(sorted(missing))}.")

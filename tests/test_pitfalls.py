@@ -1,0 +1,94 @@
+"""Pitfalls of the released reference code that are about cost and side effects.
+
+The others are tested where they belong: a batch of one (1), constant positions (2), inputs (5) and
+means (6) in ``test_scores.py``; quotas (3) in ``test_selection.py``; the bias (4) and keys without
+rotation (7) in ``test_freezing.py``.
+"""
+
+import gc
+import weakref
+
+import numpy as np
+import torch
+import transformers as tf
+from tiny_models import EQUAL, VOCAB, word_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import eigenlens as el
+from eigenlens import pipeline
+from eigenlens.metrics import answer_loss
+from eigenlens.provenance import model_fingerprint
+from eigenlens.scoring.scorer import forward_backward
+from eigenlens.tasks import make_batches
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the tensor operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def model_of_width(folder, width):
+    torch.manual_seed(0)
+    config = tf.GPT2Config(vocab_size=VOCAB, n_embd=width, n_layer=2, n_head=2, n_positions=16)
+    tf.GPT2LMHeadModel(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return el.load_model(folder, device="cpu")
+
+
+def test_no_loop_over_singular_values(tmp_path):
+    """Pitfall 8: four times as many singular values take just as many operations."""
+    counts = {}
+    for width in (8, 32):
+        model = model_of_width(tmp_path / str(width), width)
+        spectra = el.decompose(model, progress=False)
+        for criterion in ("mean", "max"):
+            with CountOperations() as operations:
+                el.score(model, spectra, EQUAL, criterion=criterion, progress=False)
+            counts[width, criterion] = operations.count
+    for criterion in ("mean", "max"):
+        assert counts[8, criterion] == counts[32, criterion] > 100
+
+
+def test_no_activation_outlives_its_batch(tiny):
+    """Pitfall 8: the activations of the whole data set were kept."""
+    model = tiny("llama")
+    spectra = el.decompose(model, progress=False)
+    (batch,) = make_batches(EQUAL, model, 6)
+    alive = []
+
+    def handle(spectrum, x, g, values):
+        alive.append((weakref.ref(x), weakref.ref(g)))
+
+    forward_backward(model, spectra.values(), batch, answer_loss, handle)
+    gc.collect()
+    assert len(alive) == len(spectra)
+    assert all(x() is None and g() is None for x, g in alive)
+
+
+def test_sums_do_not_grow_with_the_data(tiny):
+    """Pitfall 8: what is kept is per position and component, whatever the number of examples."""
+    model = tiny("gpt2")
+    spectra = el.decompose(model, progress=False)
+    few = el.score(model, spectra, EQUAL.select(range(2)), progress=False)
+    many = el.score(model, spectra, EQUAL, progress=False)
+    assert few.mean_activation.shape == many.mean_activation.shape
+    assert np.isfinite(many.delta_loss).all()
+
+
+def test_nothing_is_trained_before_or_while_pruning(tiny_folder):
+    """Pitfall 9: a fine-tuning epoch ran before pruning, and its effect was taken for pruning's."""
+    model = el.load_model(tiny_folder("llama"), device="cpu")
+    before = model_fingerprint(model)
+    task = el.load_task("int_add", model.tokenizer, low=1, high=12, n_train=20, n_test=9)
+    pipeline.eigenprune(model, task, el.EigenpruneConfig(criterion="max"), progress=False)
+    assert model_fingerprint(model) == before
+    nothing = el.EigenpruneConfig(fraction=0.0)
+    result = pipeline.eigenprune(model, task, nothing, progress=False)
+    assert result.after.examples.equals(result.before.examples)
