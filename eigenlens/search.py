@@ -10,6 +10,7 @@ Means are those of the unedited model and stay fixed. Stopping points are chosen
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -182,5 +183,5 @@ def _price(
     return pressure
 
 
-def _row(components: int, found: Evaluation) -> dict[str, float]:
+def _row(components: int, found: Evaluation) -> dict[str, Any]:
     return {"components": components, "loss": found.loss, "accuracy": found.accuracy}

@@ -33,7 +33,7 @@ def test_the_default_estimator_finds_what_was_planted(monkeypatch):
     table = _one_model(setting, seed=1)
     assert set(table["aim"]) == set(STRENGTHS)
     seen = table[table["above_noise"] & (table["method"] == "margin")]
-    assert len(seen) >= 8
+    assert len(seen) >= 5
     assert seen["auroc"].mean() > 0.97
     strong = seen[seen["aim"] == 1.0]
     assert strong["exact"].mean() < -0.5  # freezing takes back most of the damage of about 1 nat

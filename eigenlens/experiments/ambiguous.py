@@ -58,7 +58,12 @@ def run(split_seeds: tuple[int, ...] = (0, 1, 2), random_seeds: int = 5) -> Expe
             task = load_task("ambiguous", model.tokenizer, reading=reading, seed=seed)
             for row in _one_split(model, spectra, task, plain, random_seeds):
                 rows.append({"reading": reading, "split": seed, **row})
-    table = pd.DataFrame(rows)
+    return _result(pd.DataFrame(rows), split_seeds, random_seeds)
+
+
+def _result(
+    table: pd.DataFrame, split_seeds: tuple[int, ...], random_seeds: int
+) -> ExperimentResult:
     return ExperimentResult(
         name="ambiguous",
         table=table,
@@ -69,7 +74,10 @@ def run(split_seeds: tuple[int, ...] = (0, 1, 2), random_seeds: int = 5) -> Expe
             "arith-tiny knows `a + b =` and `a x b =` and was trained to answer `a ? b =` half the "
             "time with the sum and half with the product. Components were scored on 240 `?` pairs, "
             "their number was chosen on 80, and accuracies are of 80 unseen pairs, added up over "
-            "the splits, with Wilson 95 % intervals. `+` and `x` are over all 400 pairs each."
+            "the splits, with Wilson 95 % intervals. `+` and `x` are over all 400 pairs each. The "
+            "target was 95 % on both readings: attenuated gates reach it, hard-frozen ones only "
+            "for the sum, and no one-shot ranking does. Freezing the product's rivals hard costs "
+            "`+` more than half of its answers."
         ),
     )
 
@@ -189,13 +197,18 @@ def _figure(table: pd.DataFrame) -> go.Figure:
         part = table[table["reading"] == reading]
         base = part[part["method"] == "before"]
         before = base["test_right"].sum() / base["test_n"].sum()
-        figure.add_hline(
-            y=before,
-            line={"color": "#444444", "dash": "dot", "width": 1},
-            annotation={"text": "before", "font": {"size": 12}},
-            col=column,
+        figure.add_trace(
+            go.Scatter(
+                x=[COUNTS[0], COUNTS[-1]],
+                y=[before, before],
+                mode="lines",
+                line={"color": "#444444", "dash": "dot", "width": 1.5},
+                name="before",
+                legendgroup="before",
+                showlegend=column == 1,
+            ),
             row=1,
-            exclude_empty_subplots=False,
+            col=column,
         )
         for method, colour in _COLOURS.items():
             own = part[part["method"] == method]

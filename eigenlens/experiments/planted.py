@@ -82,8 +82,8 @@ def _result(table: pd.DataFrame, models: tuple[str, ...], seed: int) -> Experime
             "median place from below. Placements that could not do the damage at any strength, or "
             "whose exact effect was not above three standard errors, are left out of the AUROC and "
             "counted under `no damage` and `in noise` (rows where none is left are not shown). "
-            "`margin` is the default estimator; `released code` scores as the paper's released code "
-            "does: reference from another example of the batch, largest effect over batch and "
+            "`margin` is the default estimator; `released code` scores as the paper's released "
+            "code does: reference from another example of the batch, largest effect over batch and "
             "positions, identical first positions included. A path strong enough to do damage is "
             "also among the largest singular values, so σ alone finds it: this tests whether the "
             "scores see what is harmful, not whether they are needed to find something unusual."
@@ -257,7 +257,7 @@ def _exact(
     return float(change.mean()), float(change.std() / len(change) ** 0.5)
 
 
-def _place(values: np.ndarray, row: int) -> dict[str, float]:
+def _place(values: np.ndarray, row: int) -> dict[str, Any]:
     others = np.delete(values, row)
     below, tied = int((others < values[row]).sum()), int((others == values[row]).sum())
     return {"auroc": 1 - (below + tied / 2) / len(others), "rank": below + 1}
