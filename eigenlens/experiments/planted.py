@@ -86,9 +86,16 @@ def _result(table: pd.DataFrame, models: tuple[str, ...], seed: int) -> Experime
             "code does: reference from another example of the batch, largest effect over batch and "
             "positions, identical first positions included. A path strong enough to do damage is "
             "also among the largest singular values, so σ alone finds it: this tests whether the "
-            "scores see what is harmful, not whether they are needed to find something unusual."
+            "scores see what is harmful, not whether they are needed to find something unusual. "
+            f"Kinds without any placement left, and so untested: {_untested(table)}."
         ),
     )
+
+
+def _untested(table: pd.DataFrame) -> str:
+    seen = table.groupby(["model", "matrix"], sort=False)["above_noise"].any()
+    kinds = [f"{matrix} of {model}" for (model, matrix), any_left in seen.items() if not any_left]
+    return ", ".join(kinds) or "none"
 
 
 def _one_model(setting: Setting, seed: int) -> pd.DataFrame:
