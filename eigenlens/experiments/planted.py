@@ -93,8 +93,12 @@ def _result(table: pd.DataFrame, models: tuple[str, ...], seed: int) -> Experime
 
 
 def _untested(table: pd.DataFrame) -> str:
-    seen = table.groupby(["model", "matrix"], sort=False)["above_noise"].any()
-    kinds = [f"{matrix} of {model}" for (model, matrix), any_left in seen.items() if not any_left]
+    kinds = []
+    for model in dict.fromkeys(table["model"]):
+        for matrix in dict.fromkeys(table.loc[table["model"] == model, "matrix"]):
+            mine = (table["model"] == model) & (table["matrix"] == matrix)
+            if not table.loc[mine, "above_noise"].any():
+                kinds.append(f"{matrix} of {model}")
     return ", ".join(kinds) or "none"
 
 
