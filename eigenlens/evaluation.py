@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.files import load_table, save_table
-from eigenlens.metrics import answer_logits, answer_loss
+from eigenlens.metrics import answer_logits, answer_loss, check_eval_mode
 from eigenlens.provenance import Provenance, text_hash
 from eigenlens.tasks.batches import Batch, make_batches
 
@@ -128,10 +128,7 @@ def evaluate(
         ValueError: a model in training mode, an empty data set, or examples that do not tokenise
             or fit the context; an answer that is not among its candidates.
     """
-    if model.training or model.original_model.training:
-        raise ValueError(
-            "The model is in training mode, where dropout is random: call model.eval()."
-        )
+    check_eval_mode(model)
     _check_candidates(data)
     rows: dict[int, dict[str, Any]] = {}
     batches = make_batches(data, model, batch_size)

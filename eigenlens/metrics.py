@@ -18,6 +18,14 @@ from eigenlens.tasks.batches import Batch, make_batches
 Metric = Callable[[Float[Tensor, "batch answer d_vocab"], Batch], Float[Tensor, " batch"]]
 
 
+def check_eval_mode(model: TransformerBridge) -> None:
+    """Raise ``ValueError`` for a model in training mode, whose numbers would be random."""
+    if model.training or model.original_model.training:
+        raise ValueError(
+            "The model is in training mode, where dropout is random: call model.eval()."
+        )
+
+
 def answer_logits(model: TransformerBridge, batch: Batch) -> Float[Tensor, "batch answer d_vocab"]:
     """Logits that predict the answer, computed at these positions only.
 

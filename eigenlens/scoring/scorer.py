@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.matrices import weight_matrices
-from eigenlens.metrics import Metric, answer_logits, answer_loss
+from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode
 from eigenlens.provenance import Provenance, text_hash
 from eigenlens.scoring.accumulators import CrossMoments, EffectMoments, InputMeans
 from eigenlens.scoring.scores import (
@@ -160,10 +160,7 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def _check_model(model: TransformerBridge, spectra: Spectra, provenance: Provenance) -> None:
-    if model.training or model.original_model.training:
-        raise ValueError(
-            "The model is in training mode, where dropout is random: call model.eval()."
-        )
+    check_eval_mode(model)
     if spectra.provenance.model_fingerprint != provenance.model_fingerprint:
         raise ValueError("The spectra belong to a model with other weights: call decompose again.")
 
