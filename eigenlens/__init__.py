@@ -7,7 +7,7 @@ from eigenlens.matrices import weight_matrices
 from eigenlens.models import load_model
 from eigenlens.pipeline import EigenpruneConfig, EigenpruneResult, eigenprune
 from eigenlens.scoring import Scores, score
-from eigenlens.search import SearchResult, iterative, learned
+from eigenlens.search import Protection, SearchResult, guarded, iterative, learned, one_shot
 from eigenlens.selection import select
 from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
@@ -18,6 +18,7 @@ __all__ = [
     "EigenpruneResult",
     "Evaluation",
     "FrozenSet",
+    "Protection",
     "Scores",
     "SearchResult",
     "Spectra",
@@ -27,10 +28,12 @@ __all__ = [
     "eigenprune",
     "evaluate",
     "freeze",
+    "guarded",
     "iterative",
     "learned",
     "load_model",
     "load_task",
+    "one_shot",
     "plots",
     "score",
     "select",

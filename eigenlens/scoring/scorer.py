@@ -115,7 +115,7 @@ def score(
         n_examples=len(data),
         provenance=provenance,
         z=z,
-        spectra=spectra,
+        spectra=Spectra(chosen, spectra.provenance),
     )
 
 

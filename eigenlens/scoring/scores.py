@@ -74,6 +74,19 @@ class Scores:
         """Standard error of the mean effect over examples, in nats; NaN unless asked for."""
         return (self.components["std"] / np.sqrt(self.n_examples)).to_numpy()
 
+    def require_spectra(self) -> Spectra:
+        """The decomposition that was scored.
+
+        Raises:
+            ValueError: these scores were read from a file, which holds no directions.
+        """
+        if self.spectra is None:
+            raise ValueError(
+                "These scores were loaded without directions: add them with "
+                "dataclasses.replace(scores, spectra=eigenlens.decompose(model, …))."
+            )
+        return self.spectra
+
     def with_criterion(self, criterion: Criterion | str, z: float | None = None) -> "Scores":
         """The same scores ranked by another criterion.
 
