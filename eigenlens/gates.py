@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.metrics import Metric, answer_logits, answer_loss
+from eigenlens.metrics import Metric, answer_logits, answer_loss, precise
 from eigenlens.positions import PositionTracker, attach_tracker
 from eigenlens.scoring.scores import Scores
 from eigenlens.spectra import Spectrum
@@ -88,8 +88,7 @@ class Gates:
         with torch.enable_grad():
             z = self.z.detach().requires_grad_()
             self.set(z)
-            logits = answer_logits(self.model, batch)
-            values = metric(logits if logits.dtype == torch.float64 else logits.float(), batch)
+            values = metric(precise(answer_logits(self.model, batch)), batch)
             (slope,) = torch.autograd.grad(values.sum(), z)
         return values.detach(), slope
 

@@ -43,6 +43,11 @@ def answer_logits(model: TransformerBridge, batch: Batch) -> Float[Tensor, "batc
         return model(batch.tokens, attention_mask=mask, use_cache=False)
 
 
+def precise(logits: Tensor) -> Tensor:
+    """Logits in float32 at least: log-likelihoods lose too much in half precision."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def answer_loss(
     logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
 ) -> Float[Tensor, " batch"]:

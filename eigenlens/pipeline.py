@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,6 +31,12 @@ from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.models import load_model
 from eigenlens.plots import spectrum
 from eigenlens.provenance import Provenance, versions
+from eigenlens.reference_code import (
+    ReferenceCode,
+    finetuned,
+    score_like_reference,
+    select_like_reference,
+)
 from eigenlens.scoring import Criterion, Reference, Scores, score
 from eigenlens.search import SEARCHES, Protection, SearchResult
 from eigenlens.spectra import Spectra, decompose
@@ -45,7 +52,8 @@ class EigenpruneConfig(BaseModel):
     keyword arguments. All choices are made on the validation split: highest exact-match accuracy,
     then lowest loss. ``protect`` names tasks (with their arguments) whose validation split the edit
     must leave as it is, to within ``protect_bound`` nats of divergence per answer token.
-    ``seed`` is the seed of the task, of resampling and of the search.
+    ``reference_code`` scores and selects as the paper's released code does; its switches say in
+    what. ``seed`` is the seed of the task, of resampling and of the search.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +65,7 @@ class EigenpruneConfig(BaseModel):
     task_args: dict[str, Any] = Field(default_factory=dict)
     matrices: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
+    reference_code: ReferenceCode | None = None
     criterion: Criterion = "margin"
     reference: Reference = "mean"
     search: Literal["one_shot", "iterative", "guarded", "learned"] = "learned"
@@ -71,7 +80,20 @@ class EigenpruneConfig(BaseModel):
         _check_options(self.search, self.search_args)
         if self.protect and "protect" not in inspect.signature(SEARCHES[self.search]).parameters:
             raise ValueError(f"search={self.search!r} cannot protect: use guarded or learned")
+        if self.reference_code is not None and self.search != "one_shot":
+            raise ValueError("reference_code goes with search='one_shot'")
         return self
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "EigenpruneConfig":
+        """The configuration of a key of :data:`PRESETS`; ``overrides`` win.
+
+        Raises:
+            ValueError: no such preset, or a value that is not valid.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Unknown preset {name!r}; choose from {', '.join(PRESETS)}.")
+        return cls.make(**{**PRESETS[name], **overrides})
 
     @classmethod
     def make(cls, **values: Any) -> "EigenpruneConfig":
@@ -104,8 +126,25 @@ class EigenpruneConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's text: per-position means, worst case over examples, three shares to choose from.
+    "paper": {
+        "criterion": "max",
+        "reference": "mean",
+        "search": "one_shot",
+        "search_args": {"fractions": [0.01, 0.05, 0.1]},
+    },
+    # The released code, all deviations on; its main script freezes 30 % of the keys.
+    "reference_code": {
+        "matrices": ["W_K"],
+        "reference_code": {},
+        "search": "one_shot",
+        "search_args": {"fractions": [0.3]},
+    },
+}
+_STATE = "search.safetensors"  # of a search that is not done yet
 # Given by the run itself, not by ``search_args``.
-_GIVEN = {"protect", "batch_size", "seed", "checkpoint", "progress"}
+_GIVEN = {"protect", "choose", "batch_size", "seed", "checkpoint", "progress"}
 
 
 def _check_options(search: str, options: dict[str, Any]) -> None:
@@ -233,6 +272,30 @@ def eigenprune(
         Evaluation.load,
         lambda: evaluate(model, task.test, batch_size=config.batch_size, progress=progress),
     )
+    with _fine_tuned(model, task, config):
+        return _edit(model, task, config, stages, before, progress)
+
+
+@contextmanager
+def _fine_tuned(model: TransformerBridge, task: Task, config: EigenpruneConfig) -> Iterator[None]:
+    """The released code's optional epoch on all weights, taken back on leaving."""
+    switches = config.reference_code
+    if switches is None or not switches.finetune:
+        yield
+        return
+    with finetuned(model, task.train, batch_size=switches.batch_size, seed=config.seed):
+        yield
+
+
+def _edit(
+    model: TransformerBridge,
+    task: Task,
+    config: EigenpruneConfig,
+    stages: "_Stages",
+    before: Evaluation,
+    progress: bool,
+) -> EigenpruneResult:
+    """Everything after the measurement of the unedited model."""
     scores = stages.do(
         "score",
         "scores.parquet",
@@ -245,6 +308,8 @@ def eigenprune(
         SearchResult.load,
         lambda: _search(model, task, config, scores, stages, progress),
     )
+    if stages.out is not None:
+        (stages.out / _STATE).unlink(missing_ok=True)
     frozen = found.frozen
     after = stages.do(
         "after",
@@ -274,9 +339,14 @@ def _score(
     stages: "_Stages",
     progress: bool,
 ) -> Scores:
+    spectra = _spectra(model, config, stages, progress)
+    if config.reference_code is not None:
+        return score_like_reference(
+            model, spectra, task.train, config.reference_code, seed=config.seed
+        )
     return score(
         model,
-        _spectra(model, config, stages, progress),
+        spectra,
         task.train,
         criterion=config.criterion,
         reference=config.reference,
@@ -305,6 +375,8 @@ def _search(
         scores = replace(scores, spectra=_spectra(model, config, stages, progress))
     options: dict[str, Any] = {"batch_size": config.batch_size, **config.search_args}
     if config.search == "one_shot":
+        if config.reference_code is not None:
+            options["choose"] = partial(select_like_reference, switches=config.reference_code)
         return SEARCHES["one_shot"](model, scores, task.validation, **options)
     if "seed" in inspect.signature(SEARCHES[config.search]).parameters:
         options["seed"] = config.seed
@@ -316,11 +388,10 @@ def _search(
         options["protect"] = Protection(
             model, spared, bound=config.protect_bound, batch_size=config.batch_size
         )
-    state = stages.out / "search.safetensors" if stages.out is not None else None
-    found = SEARCHES[config.search](
+    state = stages.out / _STATE if stages.out is not None else None
+    return SEARCHES[config.search](
         model, scores, task.train, task.validation, checkpoint=state, progress=progress, **options
     )
-    return found
 
 
 def _after(

@@ -116,12 +116,14 @@ class EffectMoments(_Sums):
     Attributes:
         total: ``Σ_b e_b``, nats.
         square: ``Σ_b e_b²``.
+        position_square: ``Σ_bt e_bt²`` of the effects at single positions.
         margin: ``Σ_b`` of the :func:`margin_effect` of each example, nats.
         worst: largest ``(ā_t − a_bt) g_bt`` over examples and the positions that vary.
     """
 
     total: Float[Tensor, "head rank"]
     square: Float[Tensor, "head rank"]
+    position_square: Float[Tensor, "head rank"]
     margin: Float[Tensor, "head rank"]
     worst: Float[Tensor, "head rank"]
 
@@ -130,7 +132,7 @@ class EffectMoments(_Sums):
         """Empty sums."""
         zero = torch.zeros_like(spectrum.sigma)
         margin = zero.to(torch.float64, copy=True)
-        return cls(zero, zero.clone(), margin, torch.full_like(zero, -torch.inf))
+        return cls(zero, zero.clone(), zero.clone(), margin, torch.full_like(zero, -torch.inf))
 
     def update(
         self,
@@ -142,6 +144,7 @@ class EffectMoments(_Sums):
         example = reduce(effect, "batch pos head rank -> batch head rank", "sum")
         self.total += example.sum(0)
         self.square += example.square().sum(0)
+        self.position_square += effect.square().sum((0, 1))
         self.margin += margin_effect(example, loss).sum(0)
         candidates = effect[varies]
         if len(candidates):

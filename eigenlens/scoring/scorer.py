@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.matrices import weight_matrices
-from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode
+from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.provenance import Provenance, text_hash
 from eigenlens.scoring.accumulators import CrossMoments, EffectMoments, InputMeans
 from eigenlens.scoring.scores import (
@@ -76,8 +76,9 @@ def score(
         criterion: what ranks components: ``mean`` effect over examples, ``max`` (worst effect over
             examples and positions), ``ucb`` (mean + ``z`` · standard deviation), ``fisher`` (mean
             + ½ mean square: the empirical-Fisher second-order estimate of the loss), ``margin``
-            (the loss if freezing moves the answer's log-odds linearly). The last two suppose that
-            the metric is a negative log-likelihood.
+            (the loss if freezing moves the answer's log-odds linearly), ``position_fisher`` (as
+            ``fisher``, with positions apart). The last three suppose that the metric is a negative
+            log-likelihood.
         reference: what freezing puts in place of an activation: its per-position ``mean``,
             ``zero``, or that of another example of the batch (``resample``).
         metric: a number per example from ``(logits at the answer positions, batch)``; the loss
@@ -278,7 +279,7 @@ class _Scorer:
         effects = [
             moments[s.matrix.name].effects(s, self.n_examples, means(s)) for s in self.spectra
         ]
-        return _component_table(self.spectra, {"effect": effects})
+        return component_table(self.spectra, {"effect": effects})
 
     def per_example(self, constant_positions: bool) -> pd.DataFrame:
         """Mean, spread and worst of single effects; takes a forward pass for the means first."""
@@ -319,12 +320,13 @@ class _Scorer:
 
             forward_backward(self.model, self.spectra, batch, self.metric, add)
         found = [moments[s.matrix.name] for s in self.spectra]
-        return _component_table(
+        return component_table(
             self.spectra,
             {
                 "effect": [m.total / self.n_examples for m in found],
                 "margin": [m.margin / self.n_examples for m in found],
                 "std": [m.std(self.n_examples) for m in found],
+                "position_square": [m.position_square / self.n_examples for m in found],
                 "worst": [m.worst for m in found],
             },
         )
@@ -370,7 +372,7 @@ def _resampled(values: Tensor, batch: Batch, partner: Tensor) -> Tensor:
     return torch.where(mask, values[partner], values)
 
 
-def _component_table(spectra: list[Spectrum], statistics: dict[str, list[Tensor]]) -> pd.DataFrame:
+def component_table(spectra: list[Spectrum], statistics: dict[str, list[Tensor]]) -> pd.DataFrame:
     def column(parts: Iterable[Tensor]) -> np.ndarray:
         return torch.cat([part.flatten() for part in parts]).double().cpu().numpy()
 
@@ -444,8 +446,7 @@ def forward_backward(
     fwd += [(s.matrix.hook_in, partial(keep, s)) for s in spectra]
     bwd = [(s.matrix.hook_out, partial(consume, s)) for s in spectra]
     with torch.enable_grad(), model.hooks(fwd_hooks=fwd, bwd_hooks=bwd):
-        logits = answer_logits(model, batch)
-        metrics = metric(logits if logits.dtype == torch.float64 else logits.float(), batch)
+        metrics = metric(precise(answer_logits(model, batch)), batch)
         _check_finite(metrics, "metric", batch)
         values.append(metrics.detach())
         # grad() of the leaf, not backward(): weights that require gradients get none.

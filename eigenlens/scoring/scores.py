@@ -9,15 +9,15 @@ import pandas as pd
 
 from eigenlens.files import FileFormatError, load_table, save_table
 from eigenlens.provenance import Provenance
-from eigenlens.scoring.estimators import first_order, fisher
+from eigenlens.scoring.estimators import first_order, fisher, position_fisher
 from eigenlens.spectra import Spectra
 
-Criterion = Literal["mean", "max", "ucb", "fisher", "margin"]
+Criterion = Literal["mean", "max", "ucb", "fisher", "position_fisher", "margin"]
 Reference = Literal["mean", "zero", "resample"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 REFERENCES: tuple[str, ...] = get_args(Reference)
 COMPONENT = ["layer", "matrix", "head", "index"]
-STATISTICS = ["effect", "margin", "std", "worst"]
+STATISTICS = ["effect", "margin", "std", "position_square", "worst", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,18 @@ class Scores:
 
     Attributes:
         components: one row per component: ``layer, matrix, head, index, sigma``, and the mean
-            ``effect``, the mean ``margin`` effect, the ``std`` over examples and the ``worst``
-            single effect, in nats (the last three are NaN unless a criterion or standard errors
-            asked for them).
+            ``effect``, the mean ``margin`` effect, the ``std`` over examples, the mean
+            ``position_square`` (squared effects of single positions, summed), the ``worst`` single
+            effect and an ``estimate`` made elsewhere, in nats (all but the first are NaN unless
+            they were asked for).
         mean_activation: mean projected activation per component and position, ``[component,
             position]``: the value that freezing puts in place of the activation.
         positions: the positions of its columns, counted from the end of the prompt.
         count: how many examples had a token at each position.
         criterion: what ``delta_loss`` is: ``mean`` effect, ``max`` (worst single effect),
-            ``ucb`` (mean + z · std), ``fisher`` (mean + ½ mean square), or ``margin`` (the mean
-            change of the loss if log-odds move linearly).
+            ``ucb`` (mean + z · std), ``fisher`` (mean + ½ mean square), ``position_fisher`` (the
+            same with squares of single positions), ``margin`` (the mean change of the loss if
+            log-odds move linearly), or the name of the estimate (:mod:`eigenlens.estimators`).
         reference: the value that freezing puts in place: per-position mean, zero, or resample.
         n_examples: examples scored.
         provenance: model, task, seed and versions.
@@ -63,8 +65,12 @@ class Scores:
         c = self.components
         if self.criterion == "fisher":
             return fisher(c, self.n_examples)
+        if self.criterion == "position_fisher":
+            return position_fisher(c)
         if self.criterion == "margin":
             return c["margin"].to_numpy()
+        if self.criterion not in CRITERIA:
+            return c["estimate"].to_numpy()
         if self.criterion == "ucb":
             return first_order(c) + self.z * c["std"].to_numpy()
         return c["worst"].to_numpy() if self.criterion == "max" else first_order(c)

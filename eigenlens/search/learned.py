@@ -2,8 +2,9 @@
 
 A gate is ``z = sigmoid(β s)``; the vector s is trained by Adam with the model's weights fixed, and
 β grows from 1 to ``sharpness`` over the steps, which drives every gate to 0 or 1 (continuous
-sparsification, Savarese et al. 2020). A price per open gate keeps the set small. One step is one
-forward and one backward pass of a minibatch (:mod:`eigenlens.gates`).
+sparsification, Savarese et al. 2020). A price per open gate keeps the set small, and dropping some
+gates in every step keeps it robust. One step is one forward and one backward pass of a minibatch
+(:mod:`eigenlens.gates`).
 
 Source of the idea that a gate's gradient is a component's score: this package; of the relaxation:
 arXiv 1912.04427.
@@ -42,8 +43,9 @@ def learned(
     attenuate: bool = False,
     steps: int = 240,
     lr: float = 0.1,
-    sparsity: float = 5e-5,
-    sharpness: float = 200.0,
+    sparsity: float = 3.0,
+    dropout: float = 0.2,
+    sharpness: float = 100.0,
     start: float = 0.05,
     every: int = 10,
     patience: int = 12,
@@ -64,7 +66,9 @@ def learned(
             ½ are frozen and the others left alone.
         steps: optimiser steps, one minibatch each.
         lr: learning rate of s; falls to a tenth along a cosine.
-        sparsity: price of an open gate, in nats of training loss.
+        sparsity: price of opening all gates, in nats of training loss.
+        dropout: share of the gates that are shut for a step, drawn anew each time. It makes sets
+            that do not hang on single components, and these carry over better to unseen examples.
         sharpness: β at the end.
         start: value of every gate at the beginning, in (0, 1).
         every: steps between two looks at the validation data.
@@ -81,10 +85,12 @@ def learned(
             search.
     """
     _check(steps=steps, every=every, patience=patience, batch_size=batch_size)
-    if not 0 < start < 1 or sharpness < 1 or sparsity < 0 or lr <= 0:
+    if not (0 < start < 1 and 0 <= dropout < 1):
+        raise ValueError(f"start={start} and dropout={dropout} are shares below 1.")
+    if sharpness < 1 or sparsity < 0 or lr <= 0:
         raise ValueError(
-            f"start={start} must lie in (0, 1), sharpness={sharpness} be at least 1, "
-            f"sparsity={sparsity} not be negative and lr={lr} be positive."
+            f"sharpness={sharpness} must be at least 1, sparsity={sparsity} not be negative "
+            f"and lr={lr} be positive."
         )
     options = {
         "method": "learned",
@@ -92,6 +98,7 @@ def learned(
         "steps": steps,
         "lr": lr,
         "sparsity": sparsity,
+        "dropout": dropout,
         "sharpness": sharpness,
         "start": start,
         "every": every,
@@ -159,11 +166,11 @@ class _Training:
         """One optimiser step; returns the mean loss of its minibatch."""
         batch = self._minibatch(step)
         with torch.enable_grad():
-            z = self.strength(step)
+            z = self.strength(step) * self._kept(step)
         self.gates.z = z.detach()
         with faster_products():
             losses, slope = self.gates.gradient(batch)
-            slope = slope / len(batch) + self.options["sparsity"]
+            slope = slope / len(batch) + self.options["sparsity"] / len(slope)
             if self._protect is not None:
                 slope = slope + self._protect.slope(self.gates, step)
         self.s.grad = None
@@ -171,6 +178,12 @@ class _Training:
         self.adam.param_groups[0]["lr"] = self.options["lr"] * self._decay(step)
         self.adam.step()
         return float(losses.mean())
+
+    def _kept(self, step: int) -> Float[Tensor, " component"]:
+        """Ones, and zeros where a gate is shut for this step."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.options["seed"] + step)
+        kept = torch.rand(len(self.s), generator=generator) >= self.options["dropout"]
+        return kept.to(self.s)
 
     def _decay(self, step: int) -> float:
         cosine = (1 + math.cos(math.pi * step / self.options["steps"])) / 2
