@@ -8,6 +8,7 @@ effect of each can be measured (``eigenlens experiment estimators``). Not for us
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -99,6 +100,8 @@ def score_like_reference(
     order = np.random.default_rng(seed).permutation(len(data))
     used = data.select(order[: switches.batch_size] if switches.one_batch else order)
     batches = make_batches(used, model, switches.batch_size, smallest=2)
+    if switches.first_token:
+        batches = [_prompts_only(batch) for batch in batches]
     passes = _Passes(model, spectra, batches, switches)
     worst, mean = passes.effects()
     table = component_table(list(spectra.values()), {"effect": mean, "worst": worst})
@@ -112,6 +115,17 @@ def score_like_reference(
         n_examples=len(used),
         provenance=Provenance.of(model, task_hash=text_hash(used.to_list()), seed=seed),
         spectra=spectra,
+    )
+
+
+def _prompts_only(batch: Batch) -> Batch:
+    """The batch with one answer token, which is predicted and not read."""
+    return replace(
+        batch,
+        tokens=batch.tokens[:, : batch.n_prompt],
+        attention_mask=batch.attention_mask[:, : batch.n_prompt],
+        answer=batch.answer[:, :1],
+        answer_mask=batch.answer_mask[:, :1],
     )
 
 

@@ -25,7 +25,7 @@ FILES = [
     "spectrum.html",
     "trace.parquet",
 ]
-FRACTIONS = (0.01, 0.1, 0.4)
+FRACTIONS = [0.01, 0.1, 0.4]
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_run_folder_and_resumption(config, tmp_path, monkeypatch):
     assert metrics["fingerprints"]["model"] == first.frozen.provenance.model_fingerprint
     assert metrics["search"]["method"] == "one_shot"
     assert metrics["search"]["chosen"]["components"] == len(first.frozen)
-    assert first.search.trace["fraction"].tolist() == list(FRACTIONS)
+    assert first.search.trace["fraction"].tolist() == FRACTIONS
 
     (out / "after.parquet").unlink()
     damaged = out / "scores.parquet"
@@ -229,7 +229,7 @@ def test_command_line(config, tmp_path):
 def test_bad_input_is_one_sentence_and_no_run(config, tmp_path, options, message):
     found = run_cli("run", "--model", config.model, "--out", tmp_path / "out", *options)
     assert found.exit_code == 2
-    assert message in found.output.replace("\n", " ")
+    assert message in " ".join(found.output.split())
     assert "Traceback" not in found.output
     assert not (tmp_path / "out" / "scores.parquet").exists()
 

@@ -112,7 +112,7 @@ def test_learned_gates_help_and_leave_the_model_as_it_was(arith, attenuate):
         base,
         task.train,
         task.validation,
-        steps=60,
+        steps=120,
         attenuate=attenuate,
         **SMALL,
     )
@@ -274,7 +274,7 @@ def test_protected_data_stay_within_their_bound(arith, search):
     """The product's rivals cost the sum most of its answers; under protection they may not."""
     model, base, task = arith
     plain = el.load_task("int_add", model.tokenizer, low=0, high=20).train.select(range(60))
-    options = {"steps": 60} if search is learned else {"steps": 4, "step": 8}
+    options = {"steps": 100} if search is learned else {"steps": 4, "step": 8}
     protect = Protection(model, {"sums": plain}, bound=0.02)
     assert protect.measure()["sums"] == pytest.approx(0, abs=1e-9)
     found = search(model, base, task.train, task.validation, protect=protect, **options, **SMALL)

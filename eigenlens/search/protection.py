@@ -40,7 +40,7 @@ class Protection:
         data: Mapping[str, Dataset],
         *,
         bound: float = 0.05,
-        weight: float = 1.0,
+        weight: float = 10.0,
         batch_size: int = 50,
     ) -> None:
         """Run the unedited model over the data.
