@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eigenlens.tasks.arithmetic import ambiguous, int_add, int_mult
 from eigenlens.tasks.batches import tokenise
+from eigenlens.tasks.ioi import ioi
 from eigenlens.tasks.jsonl import jsonl
 from eigenlens.tasks.superglue import cb, copa, rte
 from eigenlens.tasks.task import Task, UnknownTaskError
@@ -19,6 +20,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "cb": cb,
     "copa": copa,
     "rte": rte,
+    "ioi": ioi,
     "jsonl": jsonl,
 }
 
