@@ -12,6 +12,7 @@ from eigenlens.tasks.ioi import ioi
 from eigenlens.tasks.jsonl import jsonl
 from eigenlens.tasks.superglue import cb, copa, rte
 from eigenlens.tasks.task import Task, UnknownTaskError
+from eigenlens.tasks.text import wikitext
 
 TASKS: dict[str, Callable[..., Task]] = {
     "int_add": int_add,
@@ -22,6 +23,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "rte": rte,
     "ioi": ioi,
     "jsonl": jsonl,
+    "wikitext": wikitext,
 }
 
 
