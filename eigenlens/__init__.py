@@ -1,7 +1,14 @@
 """eigenlens: find, freeze and explain the singular directions of transformer weights."""
 
 from eigenlens import plots
-from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
+from eigenlens.evaluation import (
+    Comparison,
+    Evaluation,
+    compare,
+    evaluate,
+    majority_accuracy,
+    perplexity,
+)
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.matrices import weight_matrices
 from eigenlens.models import load_model
@@ -33,7 +40,9 @@ __all__ = [
     "learned",
     "load_model",
     "load_task",
+    "majority_accuracy",
     "one_shot",
+    "perplexity",
     "plots",
     "score",
     "select",

@@ -45,9 +45,10 @@ class FrozenSet:
         mean_activation: ``[component, position]``, in units of the map's output.
         fallback: ``[component]``, for positions that calibration never saw.
         positions: the positions of the columns, counted from the end of the prompt.
-        count: calibration examples per position.
+        count: calibration tokens per position.
         n_candidates: how many components were chosen from.
         provenance: model, task, seed and versions.
+        bucketed: whether the first position stands for all earlier ones, too.
         spectra: the directions (not saved: they follow from the weights).
     """
 
@@ -58,6 +59,7 @@ class FrozenSet:
     count: np.ndarray
     n_candidates: int
     provenance: Provenance
+    bucketed: bool = False
     spectra: Spectra | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +90,7 @@ class FrozenSet:
             count=scores.count,
             n_candidates=len(scores),
             provenance=scores.provenance,
+            bucketed=scores.bucketed,
             spectra=scores.spectra,
         )
 
@@ -123,6 +126,7 @@ class FrozenSet:
         metadata = {
             "positions": [self.positions.start, self.positions.stop],
             "n_candidates": self.n_candidates,
+            "bucketed": self.bucketed,
             "provenance": self.provenance.model_dump(),
         }
         save_tensors(path, "frozen set", tensors, metadata)
@@ -161,6 +165,7 @@ class FrozenSet:
                 count=tensors["count"].numpy(),
                 n_candidates=metadata["n_candidates"],
                 provenance=Provenance(**metadata["provenance"]),
+                bucketed=metadata.get("bucketed", False),
             )
         except KeyError as error:
             raise FileFormatError(f"{path} lacks {error}.") from error
@@ -240,7 +245,8 @@ class _MatrixEdit:
     """The correction of one matrix: ``y ← y − (x A) B + bias[position]``.
 
     ``inputs`` is A or, where cheaper, A B with ``outputs`` left out. The last row of ``bias`` is
-    for positions outside ``positions`` or without calibration data.
+    for positions outside ``positions`` or without calibration data; with ``bucketed``, the first is
+    for all positions before it, too.
     """
 
     matrix: WeightMatrix
@@ -249,6 +255,7 @@ class _MatrixEdit:
     bias: Float[Tensor, "rows all_out"]
     first: int
     rows: Int[Tensor, " rows"]
+    bucketed: bool
     x: Tensor | None = None
 
     def attach(
@@ -276,6 +283,8 @@ class _MatrixEdit:
     def _rows(self, positions: Int[Tensor, "*batch pos"]) -> Int[Tensor, "*batch pos"]:
         last = len(self.rows) - 1
         row = positions - self.first
+        if self.bucketed:
+            row = row.clamp_min(0)
         outside = (row < 0) | (row >= last)
         return self.rows[row.masked_fill(outside, last)]
 
@@ -329,6 +338,7 @@ def _matrix_edit(spectrum: Spectrum, frozen: FrozenSet, rows: np.ndarray) -> _Ma
         bias=bias,
         first=frozen.positions.start,
         rows=torch.where(seen, table, last),
+        bucketed=frozen.bucketed,
     )
 
 

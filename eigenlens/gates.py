@@ -51,7 +51,7 @@ class Gates:
         means = torch.tensor(base.mean_activation).split(self._sizes)
         weight = base.count / max(1, base.count.sum())
         self._maps = [
-            _GatedMap(s, mean, torch.tensor(weight), base.positions.start)
+            _GatedMap(s, mean, torch.tensor(weight), base.positions.start, base.bucketed)
             for s, mean in zip(spectra, means, strict=True)
         ]
         self.z: Float[Tensor, " component"] = torch.zeros(
@@ -102,6 +102,7 @@ class _GatedMap:
         mean: Float[Tensor, "component pos"],
         weight: Float[Tensor, " pos"],
         first: int,
+        bucketed: bool,
     ) -> None:
         self._matrix = matrix = spectrum.matrix
         self._vh = spectrum.vh
@@ -116,6 +117,7 @@ class _GatedMap:
         table = torch.cat([mean, fallback[:, None]], dim=1)  # the last row: positions never seen
         self._means = rearrange(table, "(head rank) row -> row head rank", head=matrix.n_heads)
         self._first = first
+        self._bucketed = bucketed
         self.gate: Tensor | None = None
 
     def attach(self, tracker: PositionTracker) -> Callable[[], None]:
@@ -161,6 +163,8 @@ class _GatedMap:
     def _rows(self, positions: Int[Tensor, "*batch pos"]) -> Int[Tensor, "*batch pos"]:
         last = len(self._means) - 1
         row = positions - self._first
+        if self._bucketed:  # the first row is for all positions before it, too
+            row = row.clamp_min(0)
         return row.masked_fill((row < 0) | (row >= last), last)
 
 

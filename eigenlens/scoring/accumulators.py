@@ -11,7 +11,8 @@ per position, :class:`CrossMoments` ``Σ g`` per position and ``Σ x gᵀ``, and
 once at the end. What depends on single examples (standard errors, worst cases) needs the means
 first and is summed by :class:`EffectMoments`.
 
-Positions are rows of these sums; they are counted from the end of the prompt.
+Positions are rows of these sums; they are counted from the end of the prompt. Several columns of a
+batch may share a row.
 Sums of two shards add: that is the whole of data-parallel scoring.
 """
 
@@ -52,9 +53,9 @@ class InputMeans(_Sums):
         """Empty sums for ``n_pos`` positions."""
         return cls(spectrum.u.new_zeros(n_pos, spectrum.matrix.flat_weight.shape[0]))
 
-    def update(self, rows: slice, x: Float[Tensor, "batch pos all_in"]) -> None:
-        """Add a batch whose columns are the positions ``rows``; padding must be zero."""
-        self.total[rows] += x.sum(0)
+    def update(self, rows: Int[Tensor, " column"], x: Float[Tensor, "batch column all_in"]) -> None:
+        """Add a batch whose columns belong to ``rows``; padding must be zero."""
+        self.total.index_add_(0, rows, x.sum(0))
 
     def means(self, count: Int[Tensor, " pos"]) -> Float[Tensor, "pos all_in"]:
         """Mean input per position; zero where a position was never seen."""
@@ -81,12 +82,12 @@ class CrossMoments(_Sums):
 
     def update(
         self,
-        rows: slice,
-        x: Float[Tensor, "batch pos all_in"],
-        g: Float[Tensor, "batch pos all_out"],
+        rows: Int[Tensor, " column"],
+        x: Float[Tensor, "batch column all_in"],
+        g: Float[Tensor, "batch column all_out"],
     ) -> None:
-        """Add a batch whose columns are the positions ``rows``; padding must be zero."""
-        self.g[rows] += g.sum(0)
+        """Add a batch whose columns belong to ``rows``; padding must be zero."""
+        self.g.index_add_(0, rows, g.sum(0))
         self.xg.addmm_(rearrange(x, "b p d -> d (b p)"), rearrange(g, "b p d -> (b p) d"))
 
     def effects(

@@ -33,7 +33,7 @@ class Scores:
         mean_activation: mean projected activation per component and position, ``[component,
             position]``: the value that freezing puts in place of the activation.
         positions: the positions of its columns, counted from the end of the prompt.
-        count: how many examples had a token at each position.
+        count: how many tokens were seen at each position.
         criterion: what ``delta_loss`` is: ``mean`` effect, ``max`` (worst single effect),
             ``ucb`` (mean + z · std), ``fisher`` (mean + ½ mean square), ``position_fisher`` (the
             same with squares of single positions), ``margin`` (the mean change of the loss if
@@ -42,6 +42,7 @@ class Scores:
         n_examples: examples scored.
         provenance: model, task, seed and versions.
         z: standard deviations that ``ucb`` adds.
+        bucketed: whether the first position stands for all earlier ones, too.
         spectra: the decomposition that was scored (not saved).
     """
 
@@ -54,10 +55,16 @@ class Scores:
     n_examples: int
     provenance: Provenance
     z: float = 1.0
+    bucketed: bool = False
     spectra: Spectra | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.components)
+
+    @property
+    def n_positions(self) -> int | None:
+        """How many of the last prompt positions have a mean of their own; ``None``: all."""
+        return -self.positions.start - 1 if self.bucketed else None
 
     @property
     def delta_loss(self) -> np.ndarray:
@@ -133,6 +140,7 @@ class Scores:
             "reference": self.reference,
             "n_examples": self.n_examples,
             "z": self.z,
+            "bucketed": self.bucketed,
             "provenance": self.provenance.model_dump(),
         }
         save_table(path, "scores", table, metadata)
@@ -160,4 +168,5 @@ class Scores:
             n_examples=metadata["n_examples"],
             provenance=Provenance(**metadata["provenance"]),
             z=metadata["z"],
+            bucketed=metadata.get("bucketed", False),
         )
