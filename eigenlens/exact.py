@@ -162,6 +162,8 @@ class _Edit:
         frozen = FrozenSet.from_scores(scores, rows)
         seen = np.where(frozen.count > 0, frozen.mean_activation, frozen.fallback[:, None])
         columns = np.arange(batch.positions.start, batch.positions.stop) - scores.positions.start
+        if frozen.bucketed:
+            columns = columns.clip(min=0)
         inside = (columns >= 0) & (columns < len(scores.positions))
         mean = np.where(
             inside, seen[:, columns.clip(0, seen.shape[1] - 1)], frozen.fallback[:, None]
