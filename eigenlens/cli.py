@@ -139,7 +139,7 @@ def _before_and_after(result: Any) -> Table:
     test = result.comparison
     table = Table(
         title=f"{result.config.task} on {result.config.model}: "
-        f"{len(result.frozen):,} of {result.frozen.n_candidates:,} components frozen "
+        f"{len(result.frozen):,} of {result.frozen.n_candidates:,} components {result.frozen.edit} "
         f"({result.frozen.fraction:.2%})",
         caption=f"{test.n} test examples, {test.gained} gained, {test.lost} lost, "
         f"McNemar p = {test.p_value:.2g}",

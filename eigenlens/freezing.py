@@ -99,6 +99,11 @@ class FrozenSet:
         """Share of the components chosen from that is frozen."""
         return len(self) / self.n_candidates
 
+    @property
+    def edit(self) -> str:
+        """What is done to the components: ``frozen``, or ``attenuated`` if any strength is below 1."""
+        return "frozen" if (self.components["strength"] == 1).all() else "attenuated"
+
     def to_pandas(self) -> pd.DataFrame:
         """Columns ``layer, matrix, head, index, strength``."""
         return self.components.copy()
@@ -107,7 +112,9 @@ class FrozenSet:
         by_matrix = self.components.pivot_table(
             index="layer", columns="matrix", values="index", aggfunc="count", fill_value=0
         )
-        note = f"{len(self):,} of {self.n_candidates:,} components frozen ({self.fraction:.2%})"
+        note = (
+            f"{len(self):,} of {self.n_candidates:,} components {self.edit} ({self.fraction:.2%})"
+        )
         return f"<p>{note}; how many per layer and matrix:</p>{by_matrix.to_html()}"
 
     def save(self, path: str | os.PathLike[str]) -> None:

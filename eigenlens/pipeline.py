@@ -226,7 +226,8 @@ class EigenpruneResult:
         )
         return (
             f"<p>{self.config.task} on {self.config.model}: {len(self.frozen):,} of "
-            f"{self.frozen.n_candidates:,} components frozen ({self.frozen.fraction:.2%}); "
+            f"{self.frozen.n_candidates:,} components {self.frozen.edit} "
+            f"({self.frozen.fraction:.2%}); "
             f"{self.before.n} test examples, McNemar p = {self.comparison.p_value:.2g}</p>"
             "<table><tr><th></th><th>accuracy</th><th>95 % interval</th>"
             f"<th>loss (nats)</th></tr>{rows}</table>"

@@ -30,6 +30,7 @@ from eigenlens.search.protection import Protection
 from eigenlens.search.result import Checkpoint, SearchResult, best_step, trace_row
 from eigenlens.tasks.batches import Batch, make_batches
 
+_SHARPNESS_FROZEN, _SHARPNESS_ATTENUATED = 100.0, 10.0
 _OFF = 1e-3  # a gate below this is left out: its component is not edited
 _LAST_RATE = 0.1  # the learning rate ends at this share of its start
 
@@ -45,7 +46,8 @@ def learned(
     lr: float = 0.1,
     sparsity: float = 3.0,
     dropout: float = 0.2,
-    sharpness: float = 100.0,
+    sharpness: float | None = None,
+    averaging: float = 0.95,
     start: float = 0.05,
     every: int = 10,
     patience: int = 12,
@@ -69,7 +71,9 @@ def learned(
         sparsity: price of opening all gates, in nats of training loss.
         dropout: share of the gates that are shut for a step, drawn anew each time. It makes sets
             that do not hang on single components, and these carry over better to unseen examples.
-        sharpness: β at the end.
+        sharpness: β at the end; by default 100, and 10 with ``attenuate``, which needs no decision.
+        averaging: s is averaged over the last steps with this factor (exponentially), which
+            evens out the noise of minibatches; 0 takes s as it is.
         start: value of every gate at the beginning, in (0, 1).
         every: steps between two looks at the validation data.
         patience: looks without improvement after which the search stops.
@@ -85,8 +89,11 @@ def learned(
             search.
     """
     _check(steps=steps, every=every, patience=patience, batch_size=batch_size)
-    if not (0 < start < 1 and 0 <= dropout < 1):
-        raise ValueError(f"start={start} and dropout={dropout} are shares below 1.")
+    sharpness = sharpness or (_SHARPNESS_ATTENUATED if attenuate else _SHARPNESS_FROZEN)
+    if not (0 < start < 1 and 0 <= dropout < 1 and 0 <= averaging < 1):
+        raise ValueError(
+            f"start={start}, dropout={dropout} and averaging={averaging} are shares below 1."
+        )
     if sharpness < 1 or sparsity < 0 or lr <= 0:
         raise ValueError(
             f"sharpness={sharpness} must be at least 1, sparsity={sparsity} not be negative "
@@ -100,6 +107,7 @@ def learned(
         "sparsity": sparsity,
         "dropout": dropout,
         "sharpness": sharpness,
+        "averaging": averaging,
         "start": start,
         "every": every,
         "patience": patience,
@@ -155,18 +163,21 @@ class _Training:
         self._protect = protect
         first = math.log(options["start"] / (1 - options["start"]))
         self.s = torch.full_like(gates.z, first).requires_grad_()
+        self.mean_s = self.s.detach().clone()
         self.adam = torch.optim.Adam([self.s], options["lr"])
 
     def strength(self, step: int) -> Float[Tensor, " component"]:
-        """``sigmoid(β s)`` at a step."""
-        beta = self.options["sharpness"] ** (step / self.options["steps"])
-        return torch.sigmoid(beta * self.s)
+        """``sigmoid(β s)`` at a step, of the averaged s."""
+        return torch.sigmoid(self._beta(step) * self.mean_s)
+
+    def _beta(self, step: int) -> float:
+        return float(self.options["sharpness"] ** (step / self.options["steps"]))
 
     def step(self, step: int) -> float:
         """One optimiser step; returns the mean loss of its minibatch."""
         batch = self._minibatch(step)
         with torch.enable_grad():
-            z = self.strength(step) * self._kept(step)
+            z = torch.sigmoid(self._beta(step) * self.s) * self._kept(step)
         self.gates.z = z.detach()
         with faster_products():
             losses, slope = self.gates.gradient(batch)
@@ -177,6 +188,7 @@ class _Training:
         z.backward(slope)
         self.adam.param_groups[0]["lr"] = self.options["lr"] * self._decay(step)
         self.adam.step()
+        self.mean_s.lerp_(self.s.detach(), 1 - self.options["averaging"])
         return float(losses.mean())
 
     def _kept(self, step: int) -> Float[Tensor, " component"]:
@@ -201,12 +213,17 @@ class _Training:
     def tensors(self) -> dict[str, Tensor]:
         """All that a resumed training needs."""
         state = self.adam.state[self.s]
-        return {"s": self.s.detach(), **{name: state[name] for name in _ADAM}}
+        return {
+            "s": self.s.detach(),
+            "mean_s": self.mean_s,
+            **{name: state[name] for name in _ADAM},
+        }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take up the state that :meth:`tensors` gave."""
         with torch.no_grad():
             self.s.copy_(tensors["s"])
+            self.mean_s.copy_(tensors["mean_s"])
         self.adam.state[self.s] = {name: tensors[name].to(tensors["s"].device) for name in _ADAM}
 
 
@@ -239,7 +256,7 @@ class _Search:
 
     def look(self, step: int, train_loss: float | None) -> Evaluation:
         """Measure the gates of now on validation."""
-        z = self._run.strength(step).detach() if step else torch.zeros_like(self.best)
+        z = self._run.strength(step) if step else torch.zeros_like(self.best)
         if not self._attenuate:
             z = (z > 0.5).to(z)
         z = torch.where(z > _OFF, z, 0)
