@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/eigenlens run --out runs/demo-arith-tiny
 	$(BIN)/eigenlens run --model smollm2-135m --task int_add --task-arg low=10 --task-arg high=30 \
 	  --task-arg n_train=300 --task-arg n_validation=50 --task-arg n_test=50 \
-	  --search-arg steps=180 --out runs/demo
+	  --out runs/demo
 
 test: check
 

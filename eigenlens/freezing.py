@@ -101,7 +101,7 @@ class FrozenSet:
 
     @property
     def edit(self) -> str:
-        """What is done to the components: ``frozen``, or ``attenuated`` if any strength is below 1."""
+        """What becomes of the components: ``frozen``, ``attenuated`` if any strength is below 1."""
         return "frozen" if (self.components["strength"] == 1).all() else "attenuated"
 
     def to_pandas(self) -> pd.DataFrame:

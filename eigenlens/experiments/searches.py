@@ -178,7 +178,7 @@ def _test(found: Evaluation) -> dict[str, Any]:
 
 
 _ONE_PASS = 4  # forward for the means, forward, backward as two
-_STEPS = 30
+_STEPS = 23  # as many passes as learned takes
 _SHARE = 0.002  # of the components in a step: three of arith-tiny's, 196 of SmolLM2's
 _MINIBATCH = 50
 _SEARCHES: dict[str, Callable[[TransformerBridge, Scores, Task], SearchResult]] = {

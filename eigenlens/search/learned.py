@@ -42,7 +42,7 @@ def learned(
     validation: Dataset,
     *,
     attenuate: bool = False,
-    steps: int = 240,
+    steps: int = 180,
     lr: float = 0.1,
     sparsity: float = 3.0,
     dropout: float = 0.2,
