@@ -25,6 +25,7 @@ from pydantic import (
 )
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.estimators import REFINED, REFINED_EXAMPLES, refined
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
 from eigenlens.files import FileFormatError, write_json, write_text
 from eigenlens.freezing import FrozenSet, freeze
@@ -52,6 +53,10 @@ class EigenpruneConfig(BaseModel):
     keyword arguments. All choices are made on the validation split: highest exact-match accuracy,
     then lowest loss. ``protect`` names tasks (with their arguments) whose validation split the edit
     must leave as it is, to within ``protect_bound`` nats of divergence per answer token.
+    ``refine`` components, those with the largest scores, get their exact effect on some training
+    examples instead of the estimate: by default 100 where the criterion estimates an effect, none
+    for ``max`` and ``ucb``.
+
     ``reference_code`` scores and selects as the paper's released code does; its switches say in
     what. ``seed`` is the seed of the task, of resampling and of the search.
     """
@@ -67,6 +72,7 @@ class EigenpruneConfig(BaseModel):
     layers: tuple[int, ...] | None = None
     reference_code: ReferenceCode | None = None
     criterion: Criterion = "margin"
+    refine: int | None = Field(default=None, ge=0)
     reference: Reference = "mean"
     search: Literal["one_shot", "iterative", "guarded", "learned"] = "learned"
     search_args: dict[str, Any] = Field(default_factory=dict)
@@ -345,7 +351,7 @@ def _score(
         return score_like_reference(
             model, spectra, task.train, config.reference_code, seed=config.seed
         )
-    return score(
+    scores = score(
         model,
         spectra,
         task.train,
@@ -355,6 +361,16 @@ def _score(
         seed=config.seed,
         progress=progress,
     )
+    count = config.refine
+    if count is None:
+        count = 0 if config.criterion in ("max", "ucb") else REFINED
+    if count == 0:
+        return scores
+    examples = task.train.select(range(min(REFINED_EXAMPLES, len(task.train))))
+    with stages.timed("refine"):
+        return refined(
+            model, scores, examples, count=count, batch_size=config.batch_size, progress=progress
+        )
 
 
 def _spectra(

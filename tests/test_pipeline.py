@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import eigenlens as el
 from eigenlens import pipeline
 from eigenlens.cli import app
+from eigenlens.exact import exact_effects
 from eigenlens.files import FileFormatError
 
 ARGS = {"low": 1, "high": 12, "n_train": 40, "n_validation": 20, "n_test": 20}
@@ -116,6 +118,22 @@ def test_every_search_runs_saves_and_resumes(config, tmp_path, monkeypatch, sear
     if search != "iterative":
         assert first.search.protected["data"].tolist() == ["int_mult"]
         assert (first.search.protected["divergence"] <= config.protect_bound).all()
+
+
+def test_the_largest_scores_are_exact_by_default(config):
+    changed = {"criterion": "margin", "refine": 12}
+    config = el.EigenpruneConfig(**{**config.model_dump(), **changed})
+    result = pipeline.run(config, progress=False)
+    model = el.load_model(config.model, device="cpu")
+    task = el.load_task("int_add", model.tokenizer, **ARGS)
+    plain = el.score(
+        model, el.decompose(model, progress=False), task.train, criterion="margin", progress=False
+    )
+    top = np.argsort(-np.abs(plain.delta_loss))[:12]
+    exact = exact_effects(model, plain, top, task.train, progress=False).mean(1)
+    np.testing.assert_allclose(result.scores.delta_loss[top], exact, atol=1e-6)
+    rest = np.setdiff1d(np.arange(len(plain)), top)
+    np.testing.assert_allclose(result.scores.delta_loss[rest], plain.delta_loss[rest], atol=1e-6)
 
 
 def test_presets(config):

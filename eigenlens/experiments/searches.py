@@ -120,7 +120,6 @@ class _Lazy:
         self._name = name
         self._model: TransformerBridge | None = None
         self._spectra: Spectra | None = None
-        self._scores: dict[tuple[str, int], Scores] = {}
 
     @property
     def model(self) -> TransformerBridge:

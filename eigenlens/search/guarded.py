@@ -58,7 +58,8 @@ def guarded(
 
     Args:
         model: in eval mode.
-        base: scores of the unedited model; their criterion ranks, their means replace.
+        base: scores of the unedited model; their criterion ranks (``margin``, where it is an
+            estimate made elsewhere), their means replace.
         train: examples to score and calibrate on.
         validation: examples to choose the stopping point on.
         step: components of the first step: a number, or a share of all.

@@ -34,7 +34,8 @@ def iterative(
 
     Args:
         model: in eval mode.
-        base: scores of the unedited model; their criterion ranks in every step.
+        base: scores of the unedited model; their criterion ranks in every step (``margin``, where
+            it is an estimate made elsewhere).
         train: examples to score on.
         validation: examples to choose the stopping point on.
         step: components per step: a number, or a share of all.

@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.freezing import FrozenSet, freeze
-from eigenlens.scoring import Scores, score
+from eigenlens.scoring import CRITERIA, Scores, score
 
 
 def scores_under(
@@ -17,7 +17,8 @@ def scores_under(
             model,
             base.require_spectra(),
             data,
-            criterion=base.criterion,
+            # An estimate made elsewhere cannot be made again in every step.
+            criterion=base.criterion if base.criterion in CRITERIA else "margin",
             reference=base.reference,
             z=base.z,
             batch_size=batch_size,
