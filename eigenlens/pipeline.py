@@ -30,7 +30,7 @@ from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
 from eigenlens.files import FileFormatError, write_json, write_text
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.models import load_model
-from eigenlens.plots import spectrum
+from eigenlens.plots import search_trace, spectrum
 from eigenlens.provenance import Provenance, versions
 from eigenlens.reference_code import (
     ReferenceCode,
@@ -336,6 +336,7 @@ def _edit(
     if stages.out is not None:
         write_json(stages.out / "metrics.json", result.metrics())
         stages.write("spectrum.html", lambda path: spectrum(scores, frozen).write_html(path))
+        stages.write("trace.html", lambda path: search_trace(found).write_html(path))
     return result
 
 

@@ -25,6 +25,7 @@ FILES = [
     "protected.parquet",
     "scores.parquet",
     "spectrum.html",
+    "trace.html",
     "trace.parquet",
 ]
 FRACTIONS = [0.01, 0.1, 0.4]
@@ -96,7 +97,7 @@ def test_config_alone_reproduces_the_run_bit_for_bit(config, tmp_path):
     read = el.EigenpruneConfig.from_yaml(one / "config.yaml")
     assert read == config
     pipeline.run(read, tmp_path / "two", progress=False)
-    for name in set(FILES) - {"metrics.json", "spectrum.html"}:
+    for name in set(FILES) - {"metrics.json", "spectrum.html", "trace.html"}:
         assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 

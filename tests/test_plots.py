@@ -9,9 +9,8 @@ from eigenlens.plots.style import signed_log
 
 
 def axes_have_titles(figure):
-    return all(
-        a.title.text for a in figure.select_xaxes() if a.showticklabels is not False
-    ) and all(a.title.text for a in figure.select_yaxes())
+    axes = [*figure.select_xaxes(), *figure.select_yaxes()]
+    return all(axis.title.text for axis in axes)
 
 
 @pytest.fixture(scope="module")
