@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import Evaluation, evaluate
@@ -121,22 +121,22 @@ class WeightEdit(StoredEdit):
     """Puts other values in place of weights and biases."""
 
     @abstractmethod
-    def changes(self, model: TransformerBridge) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Parameters of ``model`` with the values that they get."""
+    def changes(self, model: TransformerBridge) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights and biases of ``model``, or views of them, with the values that they get."""
 
     @contextmanager
     def applied(self, model: TransformerBridge) -> Iterator[None]:
         """Set the new values inside the block, and the kept ones afterwards."""
         with ExitStack() as undo, torch.no_grad():
-            for parameter, value in self.changes(model):
-                undo.callback(partial(_set, parameter, parameter.detach().clone()))
-                _set(parameter, value)
+            for weight, value in self.changes(model):
+                undo.callback(partial(_set, weight, weight.detach().clone()))
+                _set(weight, value)
             yield
 
 
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
+def _set(weight: Tensor, value: Tensor) -> None:
     with torch.no_grad():
-        parameter.copy_(value)
+        weight.copy_(value)
 
 
 @dataclass(frozen=True)
