@@ -6,23 +6,18 @@ logits at the answer positions only, as scoring does. Repeats are interleaved, a
 each is reported; the rise of the resident memory is sampled in a run before, which is not timed.
 """
 
-import contextlib
-import ctypes
-import gc
 import statistics
-import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.costs import peak_memory
 from eigenlens.gates import Gates, faster_products
 from eigenlens.metrics import answer_logits
 from eigenlens.provenance import versions
@@ -137,31 +132,8 @@ def _forward(model: TransformerBridge, batches: list[Batch]) -> None:
             answer_logits(model, batch)
 
 
-def _give_memory_back() -> None:
-    """Return freed memory to the system, or the next job would reuse it unseen (glibc only)."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def _peak_memory_mb(job: Callable[[], object]) -> float:
     """Rise of the resident memory while ``job`` runs, in MB."""
-    _give_memory_back()
-    process = psutil.Process()
-    before = peak = process.memory_info().rss
-    done = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
+    with peak_memory() as peak:
         job()
-    finally:
-        done.set()
-        thread.join()
-    return (peak - before) / 2**20
+    return peak.mb

@@ -193,11 +193,20 @@ class FrozenSet:
 
 
 class Freeze:
-    """An edit of a model through hooks: on inside ``with``, or from ``apply()`` to ``undo()``."""
+    """An edit of a model through hooks: on inside ``with``, or from ``apply()`` to ``undo()``.
 
-    def __init__(self, model: TransformerBridge, frozen: FrozenSet) -> None:
+    With ``bias_only`` the means are added but nothing is taken away: a control that tells how much
+    of an effect is the bias.
+    """
+
+    def __init__(
+        self, model: TransformerBridge, frozen: FrozenSet, *, bias_only: bool = False
+    ) -> None:
         self._model = model
         self._edits = _edits(model, frozen)
+        if bias_only:
+            for edit in self._edits:
+                edit.inputs = torch.zeros_like(edit.inputs)
         self._undo: list[Callable[[], None]] = []
 
     def apply(self) -> "Freeze":
