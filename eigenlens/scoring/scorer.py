@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -131,43 +130,6 @@ def score(
     )
 
 
-def mean_effects(
-    model: TransformerBridge,
-    spectra: Spectra,
-    data: Dataset,
-    base: Scores,
-    *,
-    metric: Metric = answer_loss,
-    batch_size: int = 50,
-) -> np.ndarray:
-    """Mean first-order effects under the edit at hand, against the means of ``base``.
-
-    ``mean_b Σ_t (ā_t − a_bt) g_bt`` with activations and gradients of ``model`` as it is now and
-    ā of ``base``: the gradient of the mean metric by the strength of each component.
-
-    Args:
-        model: the model that ``base`` was scored on, unedited or under a freeze.
-        spectra: its decomposition.
-        data: the examples of ``base``.
-        base: scores of the unedited model on the same data.
-        metric: a number per example.
-        batch_size: examples per pass.
-    """
-    batches = make_batches(data, model, batch_size)
-    scorer = _Scorer(
-        model, list(spectra.values()), batches, "zero", metric, 0, False, base.n_positions
-    )
-    ends = np.cumsum([s.sigma.numel() for s in scorer.spectra])[:-1]
-    blocks = np.split(base.mean_activation, ends)
-    known = dict(zip(spectra, blocks, strict=True))
-
-    def means(spectrum: Spectrum) -> Tensor:
-        block = torch.tensor(known[spectrum.matrix.name]).to(spectrum.sigma)
-        return rearrange(block, "(head rank) pos -> pos head rank", head=spectrum.matrix.n_heads)
-
-    return scorer.streaming(means)["effect"].to_numpy()
-
-
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"Unknown {name} {value!r}; choose from {', '.join(known)}.")
@@ -266,14 +228,9 @@ class _Scorer:
         self.n_examples = sum(len(batch) for batch in batches)
         self.inputs = {s.matrix.name: InputMeans.zeros(s, len(self.positions)) for s in spectra}
 
-    def streaming(self, means: Means | None = None) -> pd.DataFrame:
-        """Mean effects from one forward and one backward pass per batch.
-
-        Args:
-            means: mean projected activations of a matrix, where they are known already.
-        """
-        if means is None:
-            means = self._mean_reads if self.reference == "mean" else lambda spectrum: None
+    def streaming(self) -> pd.DataFrame:
+        """Mean effects from one forward and one backward pass per batch."""
+        means: Means = self._mean_reads if self.reference == "mean" else lambda spectrum: None
         moments = {s.matrix.name: CrossMoments.zeros(s, len(self.positions)) for s in self.spectra}
         for batch in self._bar("score"):
             partner = self._partner(batch)
