@@ -6,8 +6,9 @@ measure perplexity (:func:`eigenlens.evaluation.perplexity`).
 
 Cuts are made before white space only, where nearly all tokenizers cut as well. So prompt and answer
 read on their own give the tokens that they have in the text: at most as many as asked for, and
-less than one word short of it. A single word longer than that stands alone; the white space before
-a prompt is dropped, which may add a token to its first word.
+less than one word short of it. Two exceptions: a single word longer than that stands alone, and a
+prompt begins without the white space before it, so that its first word may take a token or two more
+or less (of SmolLM2 and WikiText-2, asked for 48: 44 to 50, median 48).
 """
 
 import random
