@@ -61,6 +61,7 @@ class Setting:
     n_examples: int
     seeds: tuple[int, ...] = (0,)
     n_components: int = 300
+    shares: tuple[float, ...] = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 
 
 _SIZES = {"n_train": 300, "n_validation": 50, "n_test": 50}
@@ -71,7 +72,15 @@ SETTINGS = (
     ),
     Setting("arith-tiny", "? as sum", "ambiguous", {"reading": "sum"}, 240, seeds=(0, 1, 2)),
     Setting("smollm2-135m", "a + b, 10 … 29", "int_add", {"low": 10, "high": 30, **_SIZES}, 100),
-    Setting("smollm2-135m", "a x b, 0 … 19", "int_mult", {"low": 0, "high": 20, **_SIZES}, 50),
+    Setting(
+        "smollm2-135m",
+        "a x b, 0 … 19",
+        "int_mult",
+        {"low": 0, "high": 20, **_SIZES},
+        50,
+        n_components=150,
+        shares=(0.01, 0.05, 0.2),
+    ),
 )
 
 
@@ -122,8 +131,8 @@ def _measure(loaded: list[TransformerBridge], setting: Setting, seed: int) -> li
     task = load_task(setting.task, model.tokenizer, **setting.arguments, seed=seed)
     spectra = decompose(model, progress=False)
     base, drawn, exact = _sample(model, spectra, task, setting, seed)
-    rows = _agreements(model, base, task, drawn, exact)
-    rows += _switches(model, spectra, task, drawn, exact, seed)
+    rows = _agreements(model, base, task, drawn, exact, setting)
+    rows += _switches(model, spectra, task, drawn, exact, setting, seed)
     common = {"model": setting.model, "label": setting.label, "seed": seed}
     return [{**common, **row} for row in rows]
 
@@ -142,7 +151,12 @@ def _sample(
 
 
 def _agreements(
-    model: TransformerBridge, base: Scores, task: Task, drawn: pd.DataFrame, exact: np.ndarray
+    model: TransformerBridge,
+    base: Scores,
+    task: Task,
+    drawn: pd.DataFrame,
+    exact: np.ndarray,
+    setting: Setting,
 ) -> list[dict[str, Any]]:
     data = task.train.select(range(base.n_examples))
     estimates = {name: (base.with_criterion(name), passes) for name, passes in _CRITERIA.items()}
@@ -156,7 +170,8 @@ def _agreements(
     }
     rows = []
     for name, (scores, passes) in estimates.items():
-        reached = _one_shot(model, one_shot(model, scores, task.validation).frozen, task)
+        chosen = one_shot(model, scores, task.validation, fractions=setting.shares)
+        reached = _one_shot(model, chosen.frozen, task)
         rows += _rows(
             scores.delta_loss, drawn, exact, {"estimator": name, "passes": passes, **reached}
         )
@@ -169,6 +184,7 @@ def _switches(
     task: Task,
     drawn: pd.DataFrame,
     exact: np.ndarray,
+    setting: Setting,
     seed: int,
 ) -> list[dict[str, Any]]:
     variants = {
@@ -179,7 +195,7 @@ def _switches(
     rows = []
     for name, switches in variants.items():
         scores = score_like_reference(model, spectra, task.train, switches, seed=seed)
-        frozen = _chosen(model, scores, switches, task)
+        frozen = _chosen(model, scores, switches, task, setting)
         common = {"estimator": name, "passes": None, **_one_shot(model, frozen, task)}
         rows += _rows(scores.delta_loss, drawn, exact, common)
     with finetuned(model, task.train, seed=seed):
@@ -188,17 +204,22 @@ def _switches(
         scores = score_like_reference(model, tuned, task.train, switches, seed=seed)
         nothing = FrozenSet.from_scores(scores, np.array([], dtype=int))
         alone = _one_shot(model, nothing, task)
-        both = _one_shot(model, _chosen(model, scores, switches, task), task)
+        both = _one_shot(model, _chosen(model, scores, switches, task, setting), task)
     rows.append({"estimator": "fine-tuning epoch alone", "stratum": "all", **alone})
     rows.append({"estimator": "released code with fine-tuning", "stratum": "all", **both})
     return rows
 
 
 def _chosen(
-    model: TransformerBridge, scores: Scores, switches: ReferenceCode, task: Task
+    model: TransformerBridge,
+    scores: Scores,
+    switches: ReferenceCode,
+    task: Task,
+    setting: Setting,
 ) -> FrozenSet:
     choose = partial(select_like_reference, switches=switches)
-    return one_shot(model, scores, task.validation, choose=choose).frozen
+    found = one_shot(model, scores, task.validation, fractions=setting.shares, choose=choose)
+    return found.frozen
 
 
 def _one_shot(model: TransformerBridge, frozen: FrozenSet, task: Task) -> dict[str, Any]:
