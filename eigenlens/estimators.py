@@ -7,8 +7,8 @@
   components are frozen together. Complete: the estimates add up to
   ``L(all frozen) − L(none frozen)``. ``m`` forward and ``m`` backward passes; its error is that of
   a midpoint rule with m nodes. It answers another question than the effect of one component alone.
-- ``refined``: exact effects for the components whose estimates are largest, estimates for the
-  others. One forward pass (from the component's layer on) for each refined component; no error
+- ``refined``: exact effects for the components whose second-order term is largest, since there
+  a derivative misleads, and estimates for the others. One forward pass (from the component's layer on) for each refined component; no error
   there but rounding.
 
 A Hessian-vector correction of single components is left out: it costs a backward pass through a
@@ -27,10 +27,11 @@ from eigenlens.exact import exact_effects
 from eigenlens.gates import Gates
 from eigenlens.metrics import Metric, answer_loss
 from eigenlens.scoring import Scores
+from eigenlens.scoring.estimators import first_order, fisher
 from eigenlens.tasks.batches import make_batches
 
-# What `eigenlens run` does: the largest scores are where a derivative misleads.
-REFINED = 100
+# What `eigenlens run` does where it freezes by one ranking.
+REFINED = 300
 REFINED_EXAMPLES = 50
 
 
@@ -83,7 +84,10 @@ def refined(
     batch_size: int = 50,
     progress: bool = True,
 ) -> Scores:
-    """Exact effects where estimates are largest in size, estimates elsewhere.
+    """Exact effects where estimates are least to be trusted, estimates elsewhere.
+
+    That is where the second-order term ``½ mean_b e_b²`` is largest (or, without effects of single
+    examples, the estimate itself).
 
     Args:
         model: in eval mode, unedited.
@@ -103,12 +107,18 @@ def refined(
     if count < 0:
         raise ValueError(f"count={count} is negative.")
     values = scores.delta_loss.copy()
-    rows = np.argsort(-np.abs(values), kind="stable")[:count]
+    rows = np.argsort(-_doubt(scores), kind="stable")[:count]
     if count:
         values[rows] = exact_effects(
             model, scores, rows, data, metric=metric, batch_size=batch_size, progress=progress
         ).mean(1)
     return with_estimate(scores, "refined", values)
+
+
+def _doubt(scores: Scores) -> np.ndarray:
+    """How far an estimate may be off: its second-order term, or else its size."""
+    second_order = fisher(scores.components, scores.n_examples) - first_order(scores.components)
+    return np.abs(scores.delta_loss) if np.isnan(second_order).all() else second_order
 
 
 def with_estimate(scores: Scores, name: str, values: np.ndarray) -> Scores:

@@ -53,9 +53,9 @@ class EigenpruneConfig(BaseModel):
     keyword arguments. All choices are made on the validation split: highest exact-match accuracy,
     then lowest loss. ``protect`` names tasks (with their arguments) whose validation split the edit
     must leave as it is, to within ``protect_bound`` nats of divergence per answer token.
-    ``refine`` components, those with the largest scores, get their exact effect on some training
-    examples instead of the estimate: by default 100 where the criterion estimates an effect, none
-    for ``max`` and ``ucb``.
+    ``refine`` components, those whose scores are least to be trusted, get their exact effect on
+    some training examples instead of the estimate: by default 300 for ``one_shot``, the only search
+    that ranks once and for all, unless the criterion is ``max`` or ``ucb``, which estimate no mean.
 
     ``reference_code`` scores and selects as the paper's released code does; its switches say in
     what. ``seed`` is the seed of the task, of resampling and of the search.
@@ -364,7 +364,8 @@ def _score(
     )
     count = config.refine
     if count is None:
-        count = 0 if config.criterion in ("max", "ucb") else REFINED
+        ranked_once = config.search == "one_shot" and config.criterion not in ("max", "ucb")
+        count = REFINED if ranked_once else 0
     if count == 0:
         return scores
     examples = task.train.select(range(min(REFINED_EXAMPLES, len(task.train))))

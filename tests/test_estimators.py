@@ -33,7 +33,7 @@ def test_refined_scores_are_exact_at_the_top(tiny):
     model = tiny("llama")
     base = el.score(model, el.decompose(model, progress=False), MIXED, progress=False)
     found = refined(model, base, MIXED, count=30, progress=False)
-    top = np.argsort(-np.abs(base.delta_loss))[:30]
+    top = np.argsort(-np.abs(base.delta_loss))[:30]  # no effects of single examples: by size
     exact = exact_effects(model, base, top, MIXED, progress=False).mean(1)
     np.testing.assert_allclose(found.delta_loss[top], exact, atol=1e-10)
     others = np.setdiff1d(np.arange(len(base)), top)
@@ -42,6 +42,18 @@ def test_refined_scores_are_exact_at_the_top(tiny):
         refined(model, base, MIXED, count=-1)
     with pytest.raises(ValueError, match="steps=0"):
         integrated(model, base, MIXED, steps=0)
+
+
+def test_what_is_refined_is_where_the_second_order_term_is_large(tiny):
+    model = tiny("llama")
+    base = el.score(
+        model, el.decompose(model, progress=False), MIXED, criterion="margin", progress=False
+    )
+    found = refined(model, base, MIXED, count=25, progress=False)
+    term = base.with_criterion("fisher").delta_loss - base.with_criterion("mean").delta_loss
+    changed = np.flatnonzero(found.delta_loss != base.delta_loss)
+    assert set(changed) <= set(np.argsort(-term)[:25])
+    assert len(changed) > 20
 
 
 def test_estimates_survive_a_round_trip(tiny, tmp_path):
