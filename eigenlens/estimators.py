@@ -8,8 +8,8 @@
   ``L(all frozen) − L(none frozen)``. ``m`` forward and ``m`` backward passes; its error is that of
   a midpoint rule with m nodes. It answers another question than the effect of one component alone.
 - ``refined``: exact effects for the components whose second-order term is largest, since there
-  a derivative misleads, and estimates for the others. One forward pass (from the component's layer on) for each refined component; no error
-  there but rounding.
+  a derivative misleads, and estimates for the others. One forward pass (from the component's layer
+  on) for each refined component; no error there but rounding and the choice of examples.
 
 A Hessian-vector correction of single components is left out: it costs a backward pass through a
 backward pass for each, more than the exact effect, which needs one forward pass.
