@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.estimators import REFINED, REFINED_EXAMPLES, integrated, refined
 from eigenlens.evaluation import evaluate, wilson_interval
 from eigenlens.exact import exact_effects
-from eigenlens.experiments.result import ExperimentResult, Parts, share
+from eigenlens.experiments.result import ExperimentResult, Parts, part_key, share
 from eigenlens.faithfulness import agreement, stratified_sample, top_k
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.models import load_model
@@ -100,7 +100,7 @@ def run(
         loaded: list[TransformerBridge] = []
         for setting in (s for s in SETTINGS if s.model == name):
             for seed in setting.seeds:
-                key = f"{name}_{setting.task}_{setting.label}_{seed}".replace(" ", "")
+                key = part_key(name, setting.task, setting.arguments, seed)
                 rows += kept.do(key, partial(_measure, loaded, setting, seed))
     table = pd.DataFrame(rows)
     return ExperimentResult(

@@ -1,7 +1,8 @@
 """What an experiment returns, how it is written, and how an interrupted one goes on."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ class Parts:
             write_json(path, make())
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         return rows
+
+
+def part_key(model: str, task: str, arguments: Mapping[str, Any], *more: object) -> str:
+    """Name of a part, made of what it measures; safe as a file name."""
+    values = "-".join(str(value) for value in arguments.values())
+    parts = [model, task, values, *map(str, more)]
+    return re.sub(r"[^\w.+_-]+", "-", "_".join(parts))
 
 
 def share(accuracy: float, low: float, high: float) -> str:

@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
-from eigenlens.experiments.result import ExperimentResult, Parts, share
+from eigenlens.experiments.result import ExperimentResult, Parts, part_key, share
 from eigenlens.freezing import freeze
 from eigenlens.models import load_model
 from eigenlens.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, TEMPLATE, VERMILION
@@ -94,7 +94,7 @@ def run(
         for setting in (s for s in SETTINGS if s.model == name):
             for seed in setting.seeds:
                 for method in ("before", *setting.methods):
-                    key = _key(setting, seed, method)
+                    key = part_key(setting.model, setting.task, setting.arguments, seed, method)
                     rows += kept.do(key, partial(_measure, lazy, setting, seed, method))
     table = pd.DataFrame(rows).drop_duplicates(["label", "seed", "method", "step"])
     return ExperimentResult(
@@ -134,11 +134,6 @@ class _Lazy:
         start = time.perf_counter()
         made = score(self.model, self._spectra, task.train, criterion="margin", progress=False)
         return made, time.perf_counter() - start
-
-
-def _key(setting: Setting, seed: int, method: str) -> str:
-    arguments = "-".join(str(value) for value in setting.arguments.values())
-    return "_".join([setting.model, setting.task, arguments, str(seed), method.replace(", ", "-")])
 
 
 def _measure(lazy: _Lazy, setting: Setting, seed: int, method: str) -> list[dict[str, Any]]:
