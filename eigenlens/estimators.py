@@ -8,8 +8,8 @@
   ``L(all frozen) − L(none frozen)``. ``m`` forward and ``m`` backward passes; its error is that of
   a midpoint rule with m nodes. It answers another question than the effect of one component alone.
 - ``refined``: exact effects for the components whose second-order term is largest, since there
-  a derivative misleads, and estimates for the others. One forward pass (from the component's layer
-  on) for each refined component; no error there but rounding and the choice of examples.
+  a derivative misleads, wherever they refute the estimate. One forward pass (from the component's
+  layer on) for each refined component; the error there is that of the choice of examples.
 
 A Hessian-vector correction of single components is left out: it costs a backward pass through a
 backward pass for each, more than the exact effect, which needs one forward pass.
@@ -20,6 +20,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from datasets import Dataset
+from jaxtyping import Float
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -33,6 +34,7 @@ from eigenlens.tasks.batches import make_batches
 # What `eigenlens run` does where it freezes by one ranking.
 REFINED = 300
 REFINED_EXAMPLES = 50
+_REFUTED = 2.0  # standard errors
 
 
 def integrated(
@@ -84,10 +86,11 @@ def refined(
     batch_size: int = 50,
     progress: bool = True,
 ) -> Scores:
-    """Exact effects where estimates are least to be trusted, estimates elsewhere.
+    """Exact effects where they refute an estimate, estimates elsewhere.
 
-    That is where the second-order term ``½ mean_b e_b²`` is largest (or, without effects of single
-    examples, the estimate itself).
+    Measured are the components whose second-order term ``½ mean_b e_b²`` is largest (or, without
+    effects of single examples, the estimate itself). An estimate gives way to the exact effect on
+    ``data`` if it is more than two standard errors off: a small sample is no better judge.
 
     Args:
         model: in eval mode, unedited.
@@ -109,10 +112,17 @@ def refined(
     values = scores.delta_loss.copy()
     rows = np.argsort(-_doubt(scores), kind="stable")[:count]
     if count:
-        values[rows] = exact_effects(
+        effects = exact_effects(
             model, scores, rows, data, metric=metric, batch_size=batch_size, progress=progress
-        ).mean(1)
+        )
+        refuted = np.abs(effects.mean(1) - values[rows]) > _REFUTED * _standard_error(effects)
+        values[rows[refuted]] = effects.mean(1)[refuted]
     return with_estimate(scores, "refined", values)
+
+
+def _standard_error(effects: Float[np.ndarray, "component example"]) -> np.ndarray:
+    n = effects.shape[1]
+    return effects.std(1, ddof=1) / np.sqrt(n) if n > 1 else np.zeros(len(effects))
 
 
 def _doubt(scores: Scores) -> np.ndarray:

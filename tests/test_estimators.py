@@ -29,13 +29,19 @@ def test_integrated_scores_add_up_to_the_effect_of_freezing_all(tiny, family, da
     assert el.evaluate(model, data).loss == before
 
 
-def test_refined_scores_are_exact_at_the_top(tiny):
+def test_refined_scores_are_exact_where_that_refutes_them(tiny):
     model = tiny("llama")
     base = el.score(model, el.decompose(model, progress=False), MIXED, progress=False)
     found = refined(model, base, MIXED, count=30, progress=False)
     top = np.argsort(-np.abs(base.delta_loss))[:30]  # no effects of single examples: by size
-    exact = exact_effects(model, base, top, MIXED, progress=False).mean(1)
-    np.testing.assert_allclose(found.delta_loss[top], exact, atol=1e-10)
+    effects = exact_effects(model, base, top, MIXED, progress=False)
+    error = effects.std(1, ddof=1) / np.sqrt(len(MIXED))
+    refuted = np.abs(effects.mean(1) - base.delta_loss[top]) > 2 * error
+    expected = np.where(refuted, effects.mean(1), base.delta_loss[top])
+    np.testing.assert_allclose(found.delta_loss[top], expected, atol=1e-10)
+    assert 0 < refuted.sum() < 30
+    one = refined(model, base, MIXED.select([0]), count=30, progress=False)
+    np.testing.assert_allclose(one.delta_loss[top], effects[:, 0], atol=1e-10)
     others = np.setdiff1d(np.arange(len(base)), top)
     np.testing.assert_array_equal(found.delta_loss[others], base.delta_loss[others])
     with pytest.raises(ValueError, match="count=-1"):
@@ -53,7 +59,7 @@ def test_what_is_refined_is_where_the_second_order_term_is_large(tiny):
     term = base.with_criterion("fisher").delta_loss - base.with_criterion("mean").delta_loss
     changed = np.flatnonzero(found.delta_loss != base.delta_loss)
     assert set(changed) <= set(np.argsort(-term)[:25])
-    assert len(changed) > 20
+    assert len(changed) > 0
 
 
 def test_estimates_survive_a_round_trip(tiny, tmp_path):

@@ -74,7 +74,7 @@ def test_estimators_are_judged_by_exact_effects(tmp_path, monkeypatch):
     monkeypatch.setattr(estimators, "SETTINGS", (setting,))
     found = estimators.run(models=("arith-tiny",), parts=tmp_path)
     overall = found.table[found.table["stratum"] == "all"].set_index("estimator")
-    assert overall.loc["refined", "spearman"] > 0.95  # 100 of its values are the exact ones
+    assert overall.loc["refined", "spearman"] > overall.loc["max", "spearman"]
     assert overall.loc["margin", "spearman"] > overall.loc["max", "spearman"]
     assert {"released code", "… without any", "released code with fine-tuning"} <= set(
         overall.index
