@@ -119,8 +119,8 @@ def run(
             "passes, a backward pass counting as two. `integrated` answers another question (the "
             f"joint path); `refined`, the default of one-shot runs, is `margin` with the {REFINED} "
             f"most doubtful effects measured exactly on {REFINED_EXAMPLES} of the examples, and "
-            "replaced where that refutes them. The lower rows are the paper's released code with all deviations on, and with each taken "
-            "back alone."
+            "replaced where that refutes them. The lower rows are the paper's released code with "
+            "all deviations on, and with each taken back alone."
         ),
     )
 
