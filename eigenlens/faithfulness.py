@@ -94,7 +94,7 @@ def agreement(
     )
 
 
-def _agreement(estimate: np.ndarray, exact: np.ndarray, floor: float) -> dict[str, float]:
+def _agreement(estimate: np.ndarray, exact: np.ndarray, floor: float) -> dict[str, Any]:
     defined = len(exact) > 1 and np.ptp(estimate) > 0 and np.ptp(exact) > 0
     measures: dict[str, Callable[..., Any]] = {
         "pearson": scipy.stats.pearsonr,

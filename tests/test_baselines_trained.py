@@ -242,7 +242,9 @@ def test_averaged_calibration_from_counts_by_hand(arith):
     assert frequency.tolist() == pytest.approx(
         (np.bincount(ids, minlength=len(frequency)) / len(ids)).tolist()
     )
-    prompts = torch.tensor([model.tokenizer.encode(p) for p in task.train["prompt"]])
+    encode = lambda p: model.tokenizer.encode(p, add_special_tokens=False)  # noqa: E731
+    bos = [model.tokenizer.bos_token_id] if model.cfg.default_prepend_bos else []
+    prompts = torch.tensor([bos + encode(p) for p in task.train["prompt"]])
     with torch.no_grad():
         by_hand = model.original_model(prompts).logits[:, -1].double().softmax(-1).mean(0)
     torch.testing.assert_close(probability, by_hand, rtol=1e-4, atol=1e-7)
