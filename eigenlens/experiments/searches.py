@@ -55,7 +55,8 @@ _TENS = {"low": 10, "high": 30, **_SIZES}
 SETTINGS = (
     Setting("arith-tiny", "? as product", "ambiguous", {"reading": "product"}, (0, 1, 2), METHODS),
     Setting("arith-tiny", "? as sum", "ambiguous", {"reading": "sum"}, (0, 1, 2), METHODS),
-    Setting("smollm2-135m", "a + b, 10 … 29", "int_add", _TENS, (0, 1, 2), _QUICK),
+    Setting("smollm2-135m", "a + b, 10 … 29", "int_add", _TENS, (0,), METHODS),
+    Setting("smollm2-135m", "a + b, 10 … 29", "int_add", _TENS, (1, 2), _QUICK),
     Setting(
         "smollm2-135m",
         "a x b, 0 … 19",
