@@ -16,6 +16,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY = (
     "#D55E00",
     "#8A8A8A",
 )
+# Pixels across a page (7 in) and a column (3.3 in) of a paper: 14 px type is 7.8 pt there.
+FULL_WIDTH, COLUMN_WIDTH = 900, 424
 SIGN = "ΔL < 0: freezing is predicted to lower the loss"
 
 pio.templates["eigenlens"] = go.layout.Template(
