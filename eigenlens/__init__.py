@@ -1,6 +1,7 @@
 """eigenlens: find, freeze and explain the singular directions of transformer weights."""
 
 from eigenlens import plots
+from eigenlens.circuits import Circuit, Readout, circuit, composition, cut_paths, readout
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.matrices import weight_matrices
@@ -13,16 +14,21 @@ from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
 
 __all__ = [
+    "Circuit",
     "Comparison",
     "EigenpruneConfig",
     "EigenpruneResult",
     "Evaluation",
     "FrozenSet",
+    "Readout",
     "Scores",
     "SearchResult",
     "Spectra",
     "Task",
+    "circuit",
     "compare",
+    "composition",
+    "cut_paths",
     "decompose",
     "eigenprune",
     "evaluate",
@@ -32,6 +38,7 @@ __all__ = [
     "load_model",
     "load_task",
     "plots",
+    "readout",
     "score",
     "select",
     "weight_matrices",
