@@ -1,6 +1,7 @@
 """eigenlens: find, freeze and explain the singular directions of transformer weights."""
 
 from eigenlens import plots
+from eigenlens.activations import ActivationChange, activation_change
 from eigenlens.circuits import Circuit, Readout, circuit, composition, cut_paths, readout
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
 from eigenlens.freezing import FrozenSet, freeze
@@ -14,6 +15,7 @@ from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
 
 __all__ = [
+    "ActivationChange",
     "Circuit",
     "Comparison",
     "EigenpruneConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "SearchResult",
     "Spectra",
     "Task",
+    "activation_change",
     "circuit",
     "compare",
     "composition",

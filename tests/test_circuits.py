@@ -73,8 +73,8 @@ def test_without_norms_edges_out_of_every_writer_sum_to_its_score(without_norms)
 def test_without_norms_edges_into_readers_of_the_stream_sum_to_their_scores(without_norms):
     scores = scored(without_norms)
     found = traced(without_norms, scores, components=some(scores, ["W_Q", "W_K", "W_V", "W_in"]))
-    assert (found.nodes["effect"].abs() > 1e-6).all()
-    np.testing.assert_allclose(found.nodes["inflow"], found.nodes["effect"], atol=1e-12)
+    assert (found.nodes["effect"].abs() > 1e-12).all()
+    np.testing.assert_allclose(found.nodes["inflow"], found.nodes["effect"], rtol=1e-6, atol=1e-16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,15 +87,19 @@ def test_with_the_whole_norm_edges_out_sum_to_the_score_in_every_family(tiny, fa
     np.testing.assert_allclose(found.nodes["outflow"], own["delta_loss"], rtol=1e-7, atol=1e-10)
 
 
-def by_hand(model, spectra, names):
-    """Inputs and output gradients of the mean loss from ``run_with_cache``, and the cache."""
+def by_hand(model, spectra, names, *others):
+    """``a`` and ``g`` of all components of these maps, and the cache with these other hooks."""
+    maps = [spectra[name].matrix for name in names]
+    kept = [*others, *(point for m in maps for point in (m.hook_in, m.hook_out))]
     hooks = [("blocks.0.hook_in", _differentiate_from_here)]
     batch = el.tasks.make_batches(EQUAL, model, len(EQUAL))[0]
     tokens = torch.cat([batch.tokens, batch.answer[:, -1:]], dim=1)
     labels = tokens.clone()
     labels[:, : batch.n_prompt] = -100
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
-        _, cache = model.run_with_cache(tokens, return_type="loss", labels=labels, incl_bwd=True)
+        _, cache = model.run_with_cache(
+            tokens, return_type="loss", labels=labels, names_filter=kept, incl_bwd=True
+        )
     found = {}
     for name in names:
         m = spectra[name].matrix
@@ -116,7 +120,8 @@ def test_an_edge_through_a_layer_norm_is_the_formula(tiny):
     w, r = scores.spectra["blocks.0.W_out"], scores.spectra["blocks.1.W_V"]
     chosen = pd.DataFrame([(0, "W_out", 0, 3), (1, "W_V", 2, 1)], columns=COMPONENT)
     found = traced(model, scores, components=chosen)
-    runs, cache = by_hand(model, scores.spectra, [w.matrix.name, r.matrix.name])
+    names = [w.matrix.name, r.matrix.name]
+    runs, cache = by_hand(model, scores.spectra, names, "blocks.1.ln1.hook_scale")
     a = runs[w.matrix.name][0][:, :, 0, 3]
     g = runs[r.matrix.name][1][:, :, 2, 1]
     v = w.vh[0, 3] - w.vh[0, 3].mean()
@@ -135,7 +140,8 @@ def test_an_edge_inside_a_head_is_weighted_by_attention(tiny, family):
     own = head // (r.matrix.n_heads // w.matrix.n_heads)
     chosen = pd.DataFrame([(1, "W_V", own, 2), (1, "W_O", head, 1)], columns=COMPONENT)
     found = traced(model, scores, components=chosen)
-    runs, cache = by_hand(model, scores.spectra, [w.matrix.name, r.matrix.name])
+    names = [w.matrix.name, r.matrix.name]
+    runs, cache = by_hand(model, scores.spectra, names, "blocks.1.attn.hook_pattern")
     a = runs[w.matrix.name][0][:, :, own, 2]
     g = runs[r.matrix.name][1][:, :, head, 1]
     pattern = cache["blocks.1.attn.hook_pattern"][:, head, :-1, :-1]
@@ -152,9 +158,10 @@ def test_an_edge_inside_a_gated_mlp_has_the_derivative_of_the_gate(tiny):
     w, r = scores.spectra["blocks.0.W_gate"], scores.spectra["blocks.0.W_out"]
     chosen = pd.DataFrame([(0, "W_gate", 0, 1), (0, "W_out", 0, 4)], columns=COMPONENT)
     found = traced(model, scores, components=chosen)
-    runs, cache = by_hand(model, scores.spectra, [w.matrix.name, r.matrix.name])
+    names = [w.matrix.name, r.matrix.name]
+    runs, cache = by_hand(model, scores.spectra, names, "blocks.0.mlp.in.hook_out")
     a, g = runs[w.matrix.name][0][:, :, 0, 1], runs[r.matrix.name][1][:, :, 0, 4]
-    gate = cache["blocks.0.mlp.gate.hook_out"][:, :-1]
+    gate = cache[w.matrix.hook_out][:, :-1]
     sigmoid = gate.sigmoid()
     slope = sigmoid * (1 + gate * (1 - sigmoid)) * cache["blocks.0.mlp.in.hook_out"][:, :-1]
     meets = (slope * w.vh[0, 1]) @ r.u[0, :, 4] * r.sigma[0, 4]
@@ -319,8 +326,8 @@ def test_composition_by_hand_and_only_forwards(tiny):
 
 
 def test_the_direct_effect_on_the_answer_is_what_the_logits_get(arith):
-    model, task, scores, _, found = arith
     """arith-tiny's answers are one token, so the loss is minus its log-probability."""
+    model, task, scores, _, found = arith
     last = found.nodes[(found.nodes["matrix"] == "W_out") & (found.nodes["layer"] == 1)]
     edges = found.edges[found.edges["reader"] == "logits"].set_index("writer")["effect"]
     np.testing.assert_allclose(last["answer_logprob"], edges[last["node"]], atol=1e-12)

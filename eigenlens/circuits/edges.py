@@ -14,7 +14,7 @@ Cost per batch: two forward passes and one backward pass, and one short backward
 direct paths for every reader and every map.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -222,23 +222,21 @@ def _whole_moves(
 
 def _targets(
     run: _Run, batch: Batch, real: RunGradients, graph: CutGraph
-) -> list[tuple[Tensor, Tensor | None]]:
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Outputs to pull back and their cotangents, in the order of ``sums.targets``."""
-    found: list[tuple[Tensor, Tensor | None]] = []
     for number in range(len(run.nodes)):
         member = np.flatnonzero(run.nodes.members["number"] == number)
         name = run.nodes.members["map"].iloc[member[0]]
         inside = torch.as_tensor(np.isin(run.nodes.on(name), member))
         own, x = run.directions[name], graph.inputs[name]
         g = real.gradients[name].to(own.writes) @ own.writes[inside].T
-        found.append((x, (g @ own.reads[:, inside].T).to(x).view_as(x)))
+        yield x, (g @ own.reads[:, inside].T).to(x).view_as(x)
     for matrix in run.maps:
         x = graph.inputs[matrix.name]
         g = real.gradients[matrix.name] @ matrix.flat_weight.T
-        found.append((x, g.to(x).view_as(x)))
+        yield x, g.to(x).view_as(x)
     logits = graph.logits if graph.logits.dtype == torch.float64 else graph.logits.float()
-    found.append((run.metric(logits, batch).sum(), None))
-    return found
+    yield run.metric(logits, batch).sum(), None
 
 
 def _effects(

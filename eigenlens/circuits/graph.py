@@ -176,4 +176,4 @@ def _by_size(table: pd.DataFrame) -> pd.DataFrame:
 
 def _listed(names: pd.Series, effects: pd.Series) -> str:
     pairs = zip(names, effects, strict=True)
-    return ", ".join(f"{name} ({effect:+.2g})" for name, effect in pairs).replace("(-", "(−")
+    return ", ".join(f"{name} ({effect:+.2g})" for name, effect in pairs).replace("-", "−")

@@ -16,6 +16,9 @@ BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY = (
     "#D55E00",
     "#8A8A8A",
 )
+# From below zero (harmful) to above (helpful), and from less to more; both colour-blind safe.
+HARM_HELP = [[0.0, VERMILION], [0.5, "#F4F4F4"], [1.0, BLUE]]
+LESS_MORE = [[0.0, "#5E3C99"], [0.5, "#F7F7F7"], [1.0, "#E66101"]]
 SIGN = "ΔL < 0: freezing is predicted to lower the loss"
 
 pio.templates["eigenlens"] = go.layout.Template(

@@ -1,0 +1,238 @@
+"""Activations before and after an edit."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from eigenlens.activations import ActivationChange
+from eigenlens.plots.style import BLUE, GREY, LESS_MORE, TEMPLATE
+
+_STATES = (("before", GREY, "dot"), ("after", BLUE, "solid"))
+
+
+def activation_change(change: ActivationChange) -> go.Figure:
+    """Residual stream, heads, MLPs and the logit lens before and after an edit, in six panels.
+
+    Args:
+        change: what :func:`eigenlens.activation_change` returned.
+    """
+    figure = make_subplots(
+        rows=3,
+        cols=2,
+        horizontal_spacing=0.24,
+        vertical_spacing=0.12,
+        subplot_titles=[
+            "residual stream: cosine with itself",
+            "residual stream: norm after / before",
+            "head output norm after / before, position −1",
+            "MLP output norm, position −1",
+            "logit lens: right answer, position −1",
+            "logit lens: right answer on top, position −1",
+        ],
+    )
+    residual, heads = change.residual, change.heads[change.heads["position"] == -1]
+    cosine = residual.pivot(index="depth", columns="position", values="cosine")
+    lowest = min(float(cosine.to_numpy().min()), 0.999)
+    _heat(figure, cosine, 1, 1, "cosine", zmin=lowest, zmax=1, colorscale="Viridis")
+    _ratio(figure, residual, "depth", "position", 1, 2)
+    _ratio(figure, heads, "layer", "head", 2, 1)
+    mlp = change.mlp[change.mlp["position"] == -1]
+    for row, col, table, x, columns in (
+        (2, 2, mlp, "layer", "norm"),
+        (3, 1, change.lens, "depth", "logprob"),
+        (3, 2, change.lens, "depth", "top"),
+    ):
+        for state, colour, dash in _STATES:
+            figure.add_trace(
+                go.Scatter(
+                    x=table[x],
+                    y=table[f"{columns}_{state}"],
+                    mode="lines+markers",
+                    line={"color": colour, "dash": dash, "width": 2},
+                    marker={"size": 7},
+                    name=state,
+                    legendgroup=state,
+                    showlegend=(row, col) == (2, 2),
+                ),
+                row=row,
+                col=col,
+            )
+    titles = [
+        [("position (−1: last of the prompt)", "depth (blocks passed)")] * 2,
+        [("head", "layer"), ("layer", "norm (activation units)")],
+        [
+            ("depth (blocks passed)", "log-probability (nats)"),
+            ("depth (blocks passed)", "share of examples"),
+        ],
+    ]
+    for i, line in enumerate(titles, start=1):
+        for j, (x, y) in enumerate(line, start=1):
+            figure.update_xaxes(title_text=x, row=i, col=j)
+            figure.update_yaxes(title_text=y, row=i, col=j)
+    n_layers = change.mlp["layer"].nunique()
+    step = max(1, n_layers // 6)
+    for row, col in ((2, 2), (3, 1), (3, 2)):
+        figure.update_xaxes(dtick=step, row=row, col=col)
+    for row, col in ((1, 1), (1, 2), (2, 1)):
+        figure.update_yaxes(dtick=step, row=row, col=col)
+    figure.update_xaxes(dtick=1, row=2, col=1)
+    figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.05], row=3, col=2)
+    figure.update_layout(
+        template=TEMPLATE,
+        title={
+            "text": "Activations before and after the edit"
+            f"<br><sup>means over {change.n_examples} examples</sup>",
+            "x": 0.02,
+            "y": 0.985,
+            "yanchor": "top",
+        },
+        width=900,
+        height=1080,
+        margin={"l": 70, "r": 60, "t": 120, "b": 60},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.06, "yanchor": "bottom"},
+    )
+    figure.update_annotations(font_size=14)
+    return figure
+
+
+def _ratio(figure: go.Figure, table: pd.DataFrame, y: str, x: str, row: int, col: int) -> None:
+    """Heatmap of a norm after by before, on a scale symmetric in the logarithm."""
+    ratio = table["norm_after"] / table["norm_before"]
+    values = np.log2(table.assign(ratio=ratio).pivot(index=y, columns=x, values="ratio"))
+    widest = max(float(np.nanmax(np.abs(values.to_numpy()))), 0.01)
+    ticks = np.array([-widest, -widest / 2, 0.0, widest / 2, widest])
+    _heat(
+        figure,
+        values,
+        row,
+        col,
+        "ratio",
+        zmin=-widest,
+        zmax=widest,
+        colorscale=LESS_MORE,
+        text=np.exp2(values.to_numpy()),
+        tickvals=ticks,
+        ticktext=[f"{2**t:.2f}" for t in ticks],
+    )
+
+
+def _heat(
+    figure: go.Figure,
+    values: pd.DataFrame,
+    row: int,
+    col: int,
+    name: str,
+    *,
+    text: np.ndarray | None = None,
+    tickvals: np.ndarray | None = None,
+    ticktext: list[str] | None = None,
+    **scale: object,
+) -> None:
+    """A heatmap whose colour bar stands beside its own panel."""
+    place = figure.get_subplot(row, col)
+    right, (low, high) = place.xaxis.domain[1], place.yaxis.domain
+    figure.add_trace(
+        go.Heatmap(
+            z=values.to_numpy(),
+            x=values.columns,
+            y=values.index,
+            customdata=values.to_numpy() if text is None else text,
+            hovertemplate=(
+                f"{values.index.name} %{{y}}, {values.columns.name} %{{x}}<br>"
+                f"{name} %{{customdata:.4g}}<extra></extra>"
+            ),
+            colorbar={
+                "x": right + 0.01,
+                "y": (low + high) / 2,
+                "len": high - low,
+                "thickness": 12,
+                "tickvals": tickvals,
+                "ticktext": ticktext,
+                "tickfont": {"size": 12},
+            },
+            xgap=1,
+            ygap=1,
+            **scale,
+        ),
+        row=row,
+        col=col,
+    )
+
+
+def attention_change(
+    change: ActivationChange, layer: int | None = None, head: int | None = None
+) -> go.Figure:
+    """Attention of one head before and after an edit, and the difference.
+
+    Args:
+        change: what :func:`eigenlens.activation_change` returned.
+        layer, head: which head; by default the one whose attention changed most.
+
+    Raises:
+        ValueError: only one of ``layer`` and ``head``, or no such head.
+    """
+    patterns = change.patterns
+    if (layer is None) != (head is None):
+        raise ValueError("Give both layer= and head=, or neither.")
+    if layer is None:
+        size = (patterns["after"] - patterns["before"]).abs()
+        layer, head = size.groupby([patterns["layer"], patterns["head"]]).sum().idxmax()
+    own = patterns[(patterns["layer"] == layer) & (patterns["head"] == head)]
+    if own.empty:
+        raise ValueError(f"There is no layer {layer}, head {head} in this change.")
+    own = own.assign(difference=own["after"] - own["before"])
+    figure = make_subplots(
+        rows=1,
+        cols=3,
+        horizontal_spacing=0.06,
+        shared_yaxes=True,
+        subplot_titles=["before", "after", "after − before"],
+    )
+    widest = max(float(own["difference"].abs().max()), 1e-3)
+    highest = float(own[["before", "after"]].to_numpy().max())
+    scale = {"colorscale": "Viridis", "cmin": 0, "cmax": highest}
+    for column, name in enumerate(("before", "after", "difference"), start=1):
+        values = own.pivot(index="query", columns="key", values=name)
+        seen = np.tril(np.ones(values.shape, bool))
+        figure.add_trace(
+            go.Heatmap(
+                z=np.where(seen, values.to_numpy(), np.nan),
+                x=values.columns,
+                y=values.index,
+                coloraxis="coloraxis" if column < 3 else "coloraxis2",
+                hovertemplate=(
+                    "query %{y}, key %{x}<br>attention %{z:.3f}<extra>" + name + "</extra>"
+                ),
+                xgap=1,
+                ygap=1,
+            ),
+            row=1,
+            col=column,
+        )
+    figure.update_xaxes(title_text="key position", dtick=max(1, len(own["key"].unique()) // 8))
+    figure.update_yaxes(autorange="reversed", dtick=max(1, len(own["query"].unique()) // 8))
+    figure.update_yaxes(title_text="query position", col=1)
+    bar = {"orientation": "h", "y": -0.32, "yanchor": "top", "thickness": 12}
+    figure.update_layout(
+        template=TEMPLATE,
+        title={
+            "text": f"Attention of layer {layer}, head {head}<br><sup>mean over examples; "
+            "positions counted from the end of the prompt (−1: its last token)</sup>",
+            "x": 0.02,
+            "y": 0.97,
+            "yanchor": "top",
+        },
+        width=900,
+        height=460,
+        margin={"l": 80, "r": 30, "t": 110, "b": 130},
+        coloraxis=scale
+        | {"colorbar": bar | {"x": 0.31, "len": 0.6, "title": {"text": "attention (share)"}}},
+        coloraxis2={
+            "colorscale": LESS_MORE,
+            "cmin": -widest,
+            "cmax": widest,
+            "colorbar": bar | {"x": 0.85, "len": 0.3, "title": {"text": "difference"}},
+        },
+    )
+    return figure
