@@ -85,13 +85,13 @@ class ActivationChange:
         """
         tensors, metadata = load_tensors(path, "activation change")
         try:
-            tables = [
-                pd.DataFrame({column: tensors[f"{name}.{column}"].numpy() for column in columns})
+            tables = {
+                name: pd.DataFrame({c: tensors[f"{name}.{c}"].numpy() for c in columns})
                 for name, columns in _COLUMNS.items()
-            ]
+            }
         except KeyError as error:
             raise FileFormatError(f"{path} lacks {error}.") from error
-        return cls(*tables, metadata["n_examples"], Provenance(**metadata["provenance"]))
+        return _result(tables, metadata["n_examples"], Provenance(**metadata["provenance"]))
 
 
 _COLUMNS = {
@@ -140,7 +140,14 @@ def activation_change(
                 after = _record(model, batch, sums.outputs)
             sums.add(batch, before, after)
     provenance = Provenance.of(model, task_hash=text_hash(data.to_list()))
-    return ActivationChange(*sums.tables(), len(data), provenance)
+    return _result(sums.tables(), len(data), provenance)
+
+
+def _result(
+    tables: dict[str, pd.DataFrame], n_examples: int, provenance: Provenance
+) -> ActivationChange:
+    residual, heads, mlp, lens, patterns = (tables[name] for name in _TABLES)
+    return ActivationChange(residual, heads, mlp, lens, patterns, n_examples, provenance)
 
 
 def _kept(batches: Sequence[Batch], last: int) -> range:
@@ -225,8 +232,8 @@ class _Sums:
         total = torch.cat(values, dim=-1).double().sum(0).cpu()
         self.totals[name] = self.totals.get(name, torch.zeros_like(total)) + total
 
-    def tables(self) -> list[pd.DataFrame]:
-        """Tables in the order of :data:`_TABLES`."""
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables of :data:`_TABLES`."""
         seen = self.count > 0
         positions = torch.tensor(list(self.positions))[seen].tolist()
         parts: dict[str, list[pd.DataFrame]] = {kind: [] for kind in _TABLES}
@@ -244,7 +251,7 @@ class _Sums:
                 heads = list(range(total.shape[2]))
                 labels = {"query": positions, "key": positions, "head": heads}
             parts[kind].append(_long(kind, int(layer), values, labels))
-        return [pd.concat(parts[kind], ignore_index=True) for kind in _TABLES]
+        return {kind: pd.concat(parts[kind], ignore_index=True) for kind in _TABLES}
 
 
 def _compared(
@@ -279,7 +286,7 @@ def _long(kind: str, layer: int, values: Tensor, labels: dict[str, list[int]]) -
     if kind == "lens":
         table = pd.DataFrame(flat[:, [0, 2, 1, 3]], columns=columns[1:])
     else:
-        index = pd.MultiIndex.from_product(labels.values(), names=labels.keys()).to_frame(
+        index = pd.MultiIndex.from_product(list(labels.values()), names=list(labels)).to_frame(
             index=False
         )
         names = ["before", "after"] if kind == "patterns" else list(_STATISTICS)

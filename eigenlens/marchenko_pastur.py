@@ -46,4 +46,4 @@ def bulk_edge(sigma: np.ndarray, d_in: int, d_out: int) -> np.ndarray:
     """
     wide, narrow = max(d_in, d_out), min(d_in, d_out)
     noise = np.median(sigma, axis=-1) / np.sqrt(wide * median_of_law(narrow / wide))
-    return noise * (np.sqrt(d_in) + np.sqrt(d_out))
+    return np.asarray(noise * (np.sqrt(d_in) + np.sqrt(d_out)))

@@ -26,9 +26,9 @@ def caches(model, frozen, data):
         (batch,) = make_batches(data.select([row]), model, 1)
         with torch.no_grad(), el.positions.prompt_ends_at(model, batch.n_prompt):
             _, before = model.run_with_cache(batch.tokens)
-        with torch.no_grad(), el.freeze(model, frozen):
-            with el.positions.prompt_ends_at(model, batch.n_prompt):
-                _, after = model.run_with_cache(batch.tokens)
+        ends = el.positions.prompt_ends_at
+        with torch.no_grad(), el.freeze(model, frozen), ends(model, batch.n_prompt):
+            _, after = model.run_with_cache(batch.tokens)
         yield batch, before, after
 
 

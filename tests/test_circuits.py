@@ -104,7 +104,8 @@ def by_hand(model, spectra, names, *others):
     for name in names:
         m = spectra[name].matrix
         x = cache[m.hook_in].flatten(2)[:, :-1]
-        g = cache[f"{m.hook_out}_grad"].flatten(2)[:, :-1] * batch.answer.shape[1]
+        # The bridge's loss is a mean over examples and answer tokens.
+        g = cache[f"{m.hook_out}_grad"].flatten(2)[:, :-1] * batch.answer.numel()
         found[name] = spectra[name].reads(x), spectra[name].writes(g)
     return found, cache
 
@@ -420,7 +421,7 @@ def test_a_saved_readout_is_the_same(tiny, tmp_path):
 def test_bad_requests_say_what_to_do(tiny):
     model = tiny("gpt2")
     scores = scored(model)
-    with pytest.raises(ValueError, match=r"300 components are more than limit=100.*strongest="):
+    with pytest.raises(ValueError, match=r"288 components are more than limit=100.*strongest="):
         traced(model, scores, strongest=300, limit=100)
     with pytest.raises(ValueError, match="No components"):
         traced(model, scores, strongest=0)

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eigenlens.activations import ActivationChange
-from eigenlens.plots.style import BLUE, GREY, LESS_MORE, TEMPLATE
+from eigenlens.plots.style import BLUE, GREY, LESS_MORE, TEMPLATE, heading
 
 _STATES = (("before", GREY, "dot"), ("after", BLUE, "solid"))
 
@@ -75,18 +75,17 @@ def activation_change(change: ActivationChange) -> go.Figure:
     for row, col in ((2, 2), (3, 1), (3, 2)):
         figure.update_xaxes(dtick=step, row=row, col=col)
     for row, col in ((1, 1), (1, 2), (2, 1)):
-        figure.update_yaxes(dtick=step, row=row, col=col)
+        figure.update_yaxes(dtick=step, zeroline=False, showgrid=False, row=row, col=col)
+        figure.update_xaxes(zeroline=False, showgrid=False, row=row, col=col)
     figure.update_xaxes(dtick=1, row=2, col=1)
     figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.05], row=3, col=2)
     figure.update_layout(
         template=TEMPLATE,
-        title={
-            "text": "Activations before and after the edit"
-            f"<br><sup>means over {change.n_examples} examples</sup>",
-            "x": 0.02,
-            "y": 0.985,
-            "yanchor": "top",
-        },
+        title=heading(
+            "Activations before and after the edit",
+            f"means over {change.n_examples} examples",
+            1080,
+        ),
         width=900,
         height=1080,
         margin={"l": 70, "r": 60, "t": 120, "b": 60},
@@ -98,10 +97,10 @@ def activation_change(change: ActivationChange) -> go.Figure:
 
 def _ratio(figure: go.Figure, table: pd.DataFrame, y: str, x: str, row: int, col: int) -> None:
     """Heatmap of a norm after by before, on a scale symmetric in the logarithm."""
-    ratio = table["norm_after"] / table["norm_before"]
-    values = np.log2(table.assign(ratio=ratio).pivot(index=y, columns=x, values="ratio"))
+    table = table.assign(ratio=np.log2(table["norm_after"] / table["norm_before"]))
+    values = table.pivot(index=y, columns=x, values="ratio")
     widest = max(float(np.nanmax(np.abs(values.to_numpy()))), 0.01)
-    ticks = np.array([-widest, -widest / 2, 0.0, widest / 2, widest])
+    ticks = np.linspace(-widest, widest, 5)
     _heat(
         figure,
         values,
@@ -113,7 +112,7 @@ def _ratio(figure: go.Figure, table: pd.DataFrame, y: str, x: str, row: int, col
         colorscale=LESS_MORE,
         text=np.exp2(values.to_numpy()),
         tickvals=ticks,
-        ticktext=[f"{2**t:.2f}" for t in ticks],
+        ticktext=[f"{2**tick:.3g}" for tick in ticks],
     )
 
 
@@ -176,8 +175,10 @@ def attention_change(
     if (layer is None) != (head is None):
         raise ValueError("Give both layer= and head=, or neither.")
     if layer is None:
-        size = (patterns["after"] - patterns["before"]).abs()
-        layer, head = size.groupby([patterns["layer"], patterns["head"]]).sum().idxmax()
+        sizes = patterns.assign(size=(patterns["after"] - patterns["before"]).abs())
+        sums = sizes.groupby(["layer", "head"], as_index=False)["size"].sum()
+        most = sums.loc[sums["size"].idxmax()]
+        layer, head = int(most["layer"]), int(most["head"])
     own = patterns[(patterns["layer"] == layer) & (patterns["head"] == head)]
     if own.empty:
         raise ValueError(f"There is no layer {layer}, head {head} in this change.")
@@ -210,19 +211,27 @@ def attention_change(
             row=1,
             col=column,
         )
-    figure.update_xaxes(title_text="key position", dtick=max(1, len(own["key"].unique()) // 8))
-    figure.update_yaxes(autorange="reversed", dtick=max(1, len(own["query"].unique()) // 8))
+    figure.update_xaxes(
+        showgrid=False,
+        zeroline=False,
+        title_text="key position",
+        dtick=max(1, len(own["key"].unique()) // 8),
+    )
+    figure.update_yaxes(
+        showgrid=False,
+        zeroline=False,
+        autorange="reversed",
+        dtick=max(1, len(own["query"].unique()) // 8),
+    )
     figure.update_yaxes(title_text="query position", col=1)
     bar = {"orientation": "h", "y": -0.32, "yanchor": "top", "thickness": 12}
     figure.update_layout(
         template=TEMPLATE,
-        title={
-            "text": f"Attention of layer {layer}, head {head}<br><sup>mean over examples; "
-            "positions counted from the end of the prompt (−1: its last token)</sup>",
-            "x": 0.02,
-            "y": 0.97,
-            "yanchor": "top",
-        },
+        title=heading(
+            f"Attention of layer {layer}, head {head}",
+            "mean over examples; positions counted from the end of the prompt (−1: its last token)",
+            460,
+        ),
         width=900,
         height=460,
         margin={"l": 80, "r": 30, "t": 110, "b": 130},
@@ -232,7 +241,14 @@ def attention_change(
             "colorscale": LESS_MORE,
             "cmin": -widest,
             "cmax": widest,
-            "colorbar": bar | {"x": 0.85, "len": 0.3, "title": {"text": "difference"}},
+            "colorbar": bar
+            | {
+                "x": 0.85,
+                "len": 0.36,
+                "title": {"text": "difference"},
+                "nticks": 3,
+                "tickangle": 0,
+            },
         },
     )
     return figure

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from eigenlens.circuits import Circuit
 from eigenlens.circuits.nodes import EMBED, LOGITS
 from eigenlens.matrices import MATRIX_KINDS
-from eigenlens.plots.style import BLUE, TEMPLATE, VERMILION
+from eigenlens.plots.style import BLUE, TEMPLATE, VERMILION, heading
 
 _ORDER = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out")
 _KEPT, _FROZEN = "#FFFFFF", "#333333"
@@ -59,18 +59,18 @@ def circuit(found: Circuit, edges: int = 60) -> go.Figure:
         range=[-0.6, rows.index.max() + 0.6],
         title_text="layer and matrix",
     )
+    height = 150 + 72 * (len(rows) + 1)
     figure.update_layout(
         template=TEMPLATE,
-        title={
-            "text": "Direct paths between components<br><sup>first-order effect of cutting a path, "
-            f"in nats; norms {found.norm}; {found.n_examples} examples</sup>",
-            "x": 0.02,
-            "y": 0.98,
-            "yanchor": "top",
-        },
+        title=heading(
+            "Direct paths between components",
+            "first-order effect of cutting a path, in nats; "
+            f"norms {found.norm}; {found.n_examples} examples",
+            height,
+        ),
         width=900,
-        height=int(max(420, 190 + 72 * len(rows))),
-        margin={"l": 110, "r": 20, "t": 120, "b": 50},
+        height=height,
+        margin={"l": 110, "r": 20, "t": 105, "b": 50},
         legend={
             "orientation": "h",
             "x": 0,
@@ -116,8 +116,10 @@ def _spread(nodes: pd.DataFrame, edges: pd.DataFrame) -> pd.DataFrame:
             centre.append(float((at * weight).sum() / weight.sum()) if len(own) else np.nan)
         order = part.assign(centre=centre).sort_values(["centre", "node"], na_position="last")
         n = len(order)
+        # Rows are shifted against each other: a line that passes a row should miss its nodes.
+        aside = min(0.07, 0.4 / n) * (int(str(row)) % 3 - 1)
         for place, node in enumerate(order["node"]):
-            x[node] = (place + 0.5) / n
+            x[node] = (place + 0.5) / n + aside
             shift = 0.17 if place % 2 else -0.17
             y[node] = float(str(row)) + (shift if n >= _CROWDED else 0.0)
     return nodes.assign(x=nodes["node"].map(x), y=nodes["node"].map(y))

@@ -7,10 +7,11 @@ from plotly.subplots import make_subplots
 
 from eigenlens.freezing import FrozenSet
 from eigenlens.matrices import MATRIX_KINDS
-from eigenlens.plots.style import HARM_HELP, SIGN, TEMPLATE
+from eigenlens.plots.style import HARM_HELP, SIGN, TEMPLATE, heading
 from eigenlens.scoring import Scores
 from eigenlens.scoring.scores import COMPONENT
 
+_GAP, _TOP, _BOTTOM = 75, 95, 65  # pixels
 _CELL = ["layer", "matrix", "head"]
 
 
@@ -44,16 +45,20 @@ def pruned_map(frozen: FrozenSet, scores: Scores | None = None) -> go.Figure:
     )
     columns = _columns(cells)
     panels = 2 if scores is not None else 1
+    n_layers = cells.index.get_level_values("layer").nunique()
+    panel = int(np.clip(26 * n_layers, 120, 420))
+    inner = panels * panel + (panels - 1) * _GAP
+    height = inner + _TOP + _BOTTOM
+    length = panel / inner
     figure = make_subplots(
         rows=panels,
         cols=1,
         shared_xaxes=True,
-        vertical_spacing=0.12,
+        vertical_spacing=_GAP / inner if panels > 1 else 0,
         subplot_titles=["share of components frozen", f"summed score of the frozen ({SIGN})"][
             :panels
         ],
     )
-    heights = 1.0 if panels == 1 else 0.44
     share = _grid(cells, columns, "share")
     figure.add_trace(
         _heatmap(
@@ -64,8 +69,8 @@ def pruned_map(frozen: FrozenSet, scores: Scores | None = None) -> go.Figure:
             zmin=0,
             zmax=float(np.nanmax([1e-9, np.nanmax(share)])),
             colorscale="Viridis",
-            y=1 - heights / 2,
-            length=heights,
+            y=1 - length / 2,
+            length=length,
             tickformat=".2~%",
         ),
         row=1,
@@ -83,8 +88,8 @@ def pruned_map(frozen: FrozenSet, scores: Scores | None = None) -> go.Figure:
                 zmin=-widest,
                 zmax=widest,
                 colorscale=HARM_HELP,
-                y=heights / 2,
-                length=heights,
+                y=length / 2,
+                length=length,
                 tickformat=".2~g",
             ),
             row=2,
@@ -96,20 +101,20 @@ def pruned_map(frozen: FrozenSet, scores: Scores | None = None) -> go.Figure:
         ticktext=[f"W<sub>{kind[2:]}</sub>" for kind in _kinds(columns)],
         showticklabels=True,
         showgrid=False,
+        zeroline=False,
     )
     figure.update_xaxes(title_text="matrix (one column per head)", row=panels, col=1)
-    n_layers = cells.index.get_level_values("layer").nunique()
     step = max(1, n_layers // 12)
-    figure.update_yaxes(title_text="layer", dtick=step, showgrid=False)
+    figure.update_yaxes(title_text="layer", dtick=step, showgrid=False, zeroline=False)
     for edge in _edges(columns):
         figure.add_vline(x=edge, line={"color": "#FFFFFF", "width": 3})
     text = f"{len(frozen):,} of {len(candidates):,} components frozen"
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": text, "x": 0.02, "y": 0.98, "yanchor": "top"},
+        title=heading(text, "", height),
         width=900,
-        height=150 + panels * int(np.clip(26 * n_layers, 120, 420)) + 60 * (panels - 1),
-        margin={"t": 90, "b": 60, "l": 70, "r": 30},
+        height=height,
+        margin={"t": _TOP, "b": _BOTTOM, "l": 70, "r": 30},
     )
     return figure
 

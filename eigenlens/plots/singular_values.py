@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from eigenlens.freezing import FrozenSet
 from eigenlens.marchenko_pastur import bulk_edge
 from eigenlens.matrices import MATRIX_KINDS
-from eigenlens.plots.style import GREY, TEMPLATE, VERMILION
+from eigenlens.plots.style import GREY, TEMPLATE, VERMILION, heading
 from eigenlens.spectra import Spectra, Spectrum
 
 _PANEL, _GAP = 190, 100  # pixels
@@ -56,17 +56,15 @@ def singular_values(
         if frozen is not None:
             figure.add_trace(_marks(table, frozen, kind, first=place == 0), **at)
     figure.update_xaxes(title_text="singular value index")
-    figure.update_yaxes(title_text="σ / bulk edge", type="log", dtick=1)
+    figure.update_yaxes(title_text="σ / bulk edge", type="log", dtick="D2", showticklabels=True)
     top, bottom = 130, 60
     figure.update_layout(
         template=TEMPLATE,
-        title={
-            "text": "Singular values and the Marchenko–Pastur bulk<br>"
-            "<sup>edge = s (√d<sub>in</sub>"
-            " + √d<sub>out</sub>), noise s from the median singular value</sup>",
-            "y": 1 - 30 / (inner + top + bottom),
-            "yanchor": "top",
-        },
+        title=heading(
+            "Singular values and the Marchenko–Pastur bulk",
+            "edge = s (√d<sub>in</sub> + √d<sub>out</sub>), noise s from the median singular value",
+            inner + top + bottom,
+        ),
         width=900,
         height=inner + top + bottom,
         margin={"t": top, "b": bottom},

@@ -3,6 +3,8 @@
 Colours are the palette of Okabe and Ito (2008); sequences are viridis.
 """
 
+from typing import Any
+
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -34,6 +36,12 @@ pio.templates["eigenlens"] = go.layout.Template(
     }
 )
 TEMPLATE = "plotly_white+eigenlens"
+
+
+def heading(text: str, note: str, height: int) -> dict[str, Any]:
+    """A title with a smaller line below it, at a fixed distance from the top of the figure."""
+    place = {"x": 0.02, "y": 1 - 26 / height, "yanchor": "top"}
+    return {"text": f"{text}<br><sup>{note}</sup>" if note else text, **place}
 
 
 def signed_log(values: np.ndarray, unit: float) -> np.ndarray:
