@@ -7,8 +7,10 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test check bench clean
 
 demo: $(INSTALLED)
+	$(BIN)/eigenlens run --out runs/demo-arith-tiny
 	$(BIN)/eigenlens run --model smollm2-135m --task int_add --task-arg low=10 --task-arg high=30 \
-	  --criterion max --fraction 0.4 --seed 0 --out runs/demo
+	  --task-arg n_train=300 --task-arg n_validation=50 --task-arg n_test=50 \
+	  --out runs/demo
 
 test: check
 

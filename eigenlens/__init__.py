@@ -3,13 +3,20 @@
 from eigenlens import plots
 from eigenlens.activations import ActivationChange, activation_change
 from eigenlens.circuits import Circuit, Readout, circuit, composition, cut_paths, readout
-from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
+from eigenlens.evaluation import (
+    Comparison,
+    Evaluation,
+    compare,
+    evaluate,
+    majority_accuracy,
+    perplexity,
+)
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.matrices import weight_matrices
 from eigenlens.models import load_model
 from eigenlens.pipeline import EigenpruneConfig, EigenpruneResult, eigenprune
 from eigenlens.scoring import Scores, score
-from eigenlens.search import SearchResult, iterative, learned
+from eigenlens.search import Protection, SearchResult, guarded, iterative, learned, one_shot
 from eigenlens.selection import select
 from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
@@ -22,6 +29,7 @@ __all__ = [
     "EigenpruneResult",
     "Evaluation",
     "FrozenSet",
+    "Protection",
     "Readout",
     "Scores",
     "SearchResult",
@@ -36,10 +44,14 @@ __all__ = [
     "eigenprune",
     "evaluate",
     "freeze",
+    "guarded",
     "iterative",
     "learned",
     "load_model",
     "load_task",
+    "majority_accuracy",
+    "one_shot",
+    "perplexity",
     "plots",
     "readout",
     "score",

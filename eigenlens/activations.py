@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.files import FileFormatError, load_tensors, save_tensors
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.matrices import WeightMatrix, weight_matrices
-from eigenlens.metrics import answer_logits, check_eval_mode
+from eigenlens.metrics import answer_logits, check_eval_mode, precise
 from eigenlens.provenance import Provenance, text_hash
 from eigenlens.tasks.batches import Batch, make_batches
 
@@ -270,7 +270,7 @@ def _lens(
 ) -> Float[Tensor, "batch 2"]:
     """Log-probability of the first answer token, and whether it is the most likely one."""
     logits = model.unembed(model.ln_final(stream[:, None]))[:, 0]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = precise(logits)
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0
     if cap > 0:
         logits = cap * torch.tanh(logits / cap)

@@ -1,4 +1,4 @@
-"""What a scoring pass costs, in units of an ordinary training step on the same batches.
+"""What a scoring pass and a step of gates cost, in units of a training step on the same batches.
 
 The training step is the transformers model's forward pass with logits at every position and a
 backward pass with the gradients of all weights, without an optimiser. A stricter row takes its
@@ -6,22 +6,19 @@ logits at the answer positions only, as scoring does. Repeats are interleaved, a
 each is reported; the rise of the resident memory is sampled in a run before, which is not timed.
 """
 
-import contextlib
-import ctypes
-import gc
 import statistics
-import sys
-import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.costs import peak_memory
+from eigenlens.gates import Gates, faster_products
 from eigenlens.metrics import answer_logits
 from eigenlens.provenance import versions
 from eigenlens.scoring import score
@@ -41,17 +38,22 @@ def benchmark(
 
     Returns:
         ``score_to_training_step`` (ratio of medians), ``score_to_lean_training_step`` (the same
-        against training steps with logits at answer positions only), ``peak_memory_mb`` (resident
-        memory above that before, while scoring), ``training_peak_memory_mb``, medians in seconds
-        and what was run.
+        against training steps with logits at answer positions only), the ratios of scoring by
+        ``max`` and of training gates (in float32, and as ``learned`` does), ``peak_memory_mb``
+        (resident memory above that before, while scoring), ``training_peak_memory_mb``, medians in
+        seconds and what was run.
     """
     spectra = decompose(model, progress=progress)
     batches = make_batches(task.train, model, batch_size)
+    base = score(model, spectra, task.train, batch_size=batch_size, progress=False)
+    gates = Gates(model, base)
     jobs: dict[str, Callable[[], object]] = {
         "score": lambda: score(model, spectra, task.train, batch_size=batch_size, progress=False),
         "score_max": lambda: score(
             model, spectra, task.train, criterion="max", batch_size=batch_size, progress=False
         ),
+        "gates": lambda: _train_gates(gates, batches, nullcontext),
+        "gates_in_bfloat16": lambda: _train_gates(gates, batches, faster_products),
         "training": lambda: _train(model, batches, _all_logits),
         "lean_training": lambda: _train(model, batches, answer_logits),
         "forward": lambda: _forward(model, batches),
@@ -68,6 +70,8 @@ def benchmark(
         "score_to_training_step": median["score"] / median["training"],
         "score_to_lean_training_step": median["score"] / median["lean_training"],
         "score_max_to_training_step": median["score_max"] / median["training"],
+        "gates_to_training_step": median["gates"] / median["training"],
+        "gates_in_bfloat16_to_training_step": median["gates_in_bfloat16"] / median["training"],
         "peak_memory_mb": memory["score"],
         "training_peak_memory_mb": memory["training"],
         "seconds": median,
@@ -105,37 +109,31 @@ def _train(
         model.requires_grad_(False)
 
 
+def _train_gates(
+    gates: Gates, batches: list[Batch], products: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """The steps of ``learned``: a gradient by every gate, and Adam on their vector."""
+    s = torch.zeros_like(gates.z).requires_grad_()
+    adam = torch.optim.Adam([s])
+    with gates, products():
+        for batch in batches:
+            with torch.enable_grad():
+                z = torch.sigmoid(s)
+            gates.z = z.detach()
+            _, slope = gates.gradient(batch)
+            adam.zero_grad()
+            z.backward(slope)
+            adam.step()
+
+
 def _forward(model: TransformerBridge, batches: list[Batch]) -> None:
     with torch.no_grad():
         for batch in batches:
             answer_logits(model, batch)
 
 
-def _give_memory_back() -> None:
-    """Return freed memory to the system, or the next job would reuse it unseen (glibc only)."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def _peak_memory_mb(job: Callable[[], object]) -> float:
     """Rise of the resident memory while ``job`` runs, in MB."""
-    _give_memory_back()
-    process = psutil.Process()
-    before = peak = process.memory_info().rss
-    done = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
+    with peak_memory() as peak:
         job()
-    finally:
-        done.set()
-        thread.join()
-    return (peak - before) / 2**20
+    return peak.mb

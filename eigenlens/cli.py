@@ -34,13 +34,13 @@ def _clear_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def _pairs(values: list[str]) -> dict[str, Any]:
+def _pairs(values: list[str], option: str) -> dict[str, Any]:
     """``key=value`` pairs, values read as YAML."""
     pairs = {}
     for text in values:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ValueError(f"--task-arg {text!r} is not of the form key=value.")
+            raise ValueError(f"{option} {text!r} is not of the form key=value.")
         pairs[key] = yaml.safe_load(value)
     return pairs
 
@@ -65,17 +65,27 @@ def run(
         str | None, typer.Option(help="Comma-separated, e.g. W_K,W_in (default: all).")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Comma-separated (default: all).")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper or reference_code; options override it.")
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="one_shot, iterative, guarded or learned.")
+    ] = None,
+    search_arg: Annotated[
+        list[str] | None, typer.Option(help="key=value of the search, repeatable.")
+    ] = None,
     fraction: Annotated[
-        str | None, typer.Option(help="Share to freeze; of several, the best on validation.")
+        str | None,
+        typer.Option(help="Freeze this share in one shot; of several, the best on validation."),
     ] = None,
-    criterion: Annotated[str | None, typer.Option(help="mean, max, ucb, fisher or margin.")] = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(help="Task that the edit must leave as it is, repeatable."),
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="mean, max, ucb, fisher, position_fisher or margin.")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="mean, zero or resample.")] = None,
-    within: Annotated[
-        str | None, typer.Option(help="Budget over all, or per matrix or layer.")
-    ] = None,
-    negative_only: Annotated[
-        bool | None, typer.Option(help="Freeze only scores below zero.")
-    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per pass.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
     device: Annotated[
@@ -87,29 +97,37 @@ def run(
         Path, typer.Option(help="Run folder; a run that was interrupted goes on.")
     ] = Path("runs/run"),
 ) -> None:
-    """Score, freeze, and measure a task before and after."""
+    """Score, search, freeze, and measure a task before and after."""
     with _clear_errors():
         from eigenlens import pipeline
 
-        given = {
+        given: dict[str, Any] = {
             "model": model,
             "task": task,
-            "task_args": _pairs(task_arg) if task_arg else None,
+            "task_args": _pairs(task_arg, "--task-arg") if task_arg else None,
             "matrices": _split(matrices),
             "layers": _split(layers, int),
-            "fraction": _split(fraction, float),
+            "search": search,
+            "search_args": _pairs(search_arg, "--search-arg") if search_arg else None,
+            "protect": {name: {} for name in protect} if protect else None,
             "criterion": criterion,
             "reference": reference,
-            "within": within,
-            "negative_only": negative_only,
             "batch_size": batch_size,
             "dtype": dtype,
             "device": device,
             "seed": seed,
         }
         options = {name: value for name, value in given.items() if value is not None}
+        if fraction is not None:
+            if search not in (None, "one_shot"):
+                raise ValueError(f"--fraction is for one_shot, not for --search {search}.")
+            shares = {"fractions": list(_split(fraction, float) or ())}
+            options["search"] = "one_shot"
+            options["search_args"] = {**shares, **_pairs(search_arg or [], "--search-arg")}
         if config is not None:
             settings = pipeline.EigenpruneConfig.from_yaml(config, **options)
+        elif preset is not None:
+            settings = pipeline.EigenpruneConfig.preset(preset, **options)
         else:
             settings = pipeline.EigenpruneConfig.make(**options)
         result = pipeline.run(settings, out)
@@ -121,7 +139,7 @@ def _before_and_after(result: Any) -> Table:
     test = result.comparison
     table = Table(
         title=f"{result.config.task} on {result.config.model}: "
-        f"{len(result.frozen):,} of {result.frozen.n_candidates:,} components frozen "
+        f"{len(result.frozen):,} of {result.frozen.n_candidates:,} components {result.frozen.edit} "
         f"({result.frozen.fraction:.2%})",
         caption=f"{test.n} test examples, {test.gained} gained, {test.lost} lost, "
         f"McNemar p = {test.p_value:.2g}",
@@ -159,10 +177,13 @@ def tasks() -> None:
 
 @app.command()
 def experiment(
-    name: Annotated[str, typer.Argument(help="ambiguous or planted.")],
+    name: Annotated[str, typer.Argument(help="ambiguous, estimators, planted or searches.")],
     model: Annotated[
-        list[str] | None, typer.Option(help="Models of `planted`, repeatable.")
+        list[str] | None, typer.Option(help="Model of the study, repeatable (default: all).")
     ] = None,
+    parts: Annotated[
+        Path, typer.Option(help="Folder of finished parts: an interrupted study goes on.")
+    ] = Path("runs/experiments"),
     out: Annotated[Path, typer.Option(help="Folder for table, page and figure.")] = Path("figures"),
 ) -> None:
     """Run a study: writes a table, a page and a figure."""
@@ -171,7 +192,11 @@ def experiment(
 
         if name not in EXPERIMENTS:
             raise ValueError(f"Unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
-        result = EXPERIMENTS[name](**({"models": tuple(model)} if model else {}))
+        study = EXPERIMENTS[name]
+        options: dict[str, Any] = {"models": tuple(model)} if model else {}
+        if "parts" in inspect.signature(study).parameters:
+            options["parts"] = parts / name
+        result = study(**options)
         result.save(out)
         console.print(result.summary.to_markdown(index=False))
         console.print(f"Written to {out}/{name}.*")
@@ -198,7 +223,8 @@ def bench(
 
         loaded = load_model(model)
         arguments = {"low": 10, "high": 30, "n_train": 300, "n_validation": 50, "n_test": 50}
-        task = load_task("int_add", loaded.tokenizer, **arguments | _pairs(task_arg or []))
+        arguments |= _pairs(task_arg or [], "--task-arg")
+        task = load_task("int_add", loaded.tokenizer, **arguments)
         found = benchmark(loaded, task, batch_size=batch_size, repeats=repeats)
         table = Table("", "median seconds", "of a training step")
         for name, seconds in found["seconds"].items():

@@ -1,6 +1,8 @@
 """Measuring a model on a task, and comparing two measurements of the same examples."""
 
+import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +188,39 @@ def _choices(model: TransformerBridge, data: Dataset, batch_size: int) -> pd.Dat
     choice = pd.Series({row: pairs[at][1] for row, at in best.items()})
     right = choice == pd.Series(list(data["answer"])).loc[choice.index]
     return pd.DataFrame({"choice": choice, "choice_correct": right})
+
+
+def perplexity(model: TransformerBridge, data: Dataset, *, batch_size: int = 50) -> float:
+    """``exp`` of the mean negative log-likelihood of an answer token, over all of ``data``.
+
+    With passages of plain text as prompts and answers (:mod:`eigenlens.tasks.text`), this is the
+    perplexity of the text given a context of the prompt's length. Per token: comparable between
+    edits of a model, not between tokenizers.
+
+    Raises:
+        ValueError: as :func:`evaluate`.
+    """
+    check_eval_mode(model)
+    nats, n_tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in make_batches(data, model, batch_size):
+            nats += float(answer_loss(answer_logits(model, batch).float(), batch).sum())
+            n_tokens += int(batch.answer_mask.sum())
+    return math.exp(nats / n_tokens)
+
+
+def majority_accuracy(train: Dataset, test: Dataset) -> float:
+    """Accuracy on ``test`` of always giving the most frequent answer of ``train``.
+
+    Of equally frequent answers, the one that comes first in ``train`` is given.
+
+    Raises:
+        ValueError: an empty data set.
+    """
+    if not len(train) or not len(test):
+        raise ValueError("The majority answer needs examples on both sides.")
+    ((answer, _),) = Counter(train["answer"]).most_common(1)
+    return sum(other == answer for other in test["answer"]) / len(test)
 
 
 @dataclass(frozen=True)

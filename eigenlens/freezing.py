@@ -45,9 +45,10 @@ class FrozenSet:
         mean_activation: ``[component, position]``, in units of the map's output.
         fallback: ``[component]``, for positions that calibration never saw.
         positions: the positions of the columns, counted from the end of the prompt.
-        count: calibration examples per position.
+        count: calibration tokens per position.
         n_candidates: how many components were chosen from.
         provenance: model, task, seed and versions.
+        bucketed: whether the first position stands for all earlier ones, too.
         spectra: the directions (not saved: they follow from the weights).
     """
 
@@ -58,6 +59,7 @@ class FrozenSet:
     count: np.ndarray
     n_candidates: int
     provenance: Provenance
+    bucketed: bool = False
     spectra: Spectra | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +90,7 @@ class FrozenSet:
             count=scores.count,
             n_candidates=len(scores),
             provenance=scores.provenance,
+            bucketed=scores.bucketed,
             spectra=scores.spectra,
         )
 
@@ -95,6 +98,11 @@ class FrozenSet:
     def fraction(self) -> float:
         """Share of the components chosen from that is frozen."""
         return len(self) / self.n_candidates
+
+    @property
+    def edit(self) -> str:
+        """What becomes of the components: ``frozen``, ``attenuated`` if any strength is below 1."""
+        return "frozen" if (self.components["strength"] == 1).all() else "attenuated"
 
     def to_pandas(self) -> pd.DataFrame:
         """Columns ``layer, matrix, head, index, strength``."""
@@ -104,7 +112,9 @@ class FrozenSet:
         by_matrix = self.components.pivot_table(
             index="layer", columns="matrix", values="index", aggfunc="count", fill_value=0
         )
-        note = f"{len(self):,} of {self.n_candidates:,} components frozen ({self.fraction:.2%})"
+        note = (
+            f"{len(self):,} of {self.n_candidates:,} components {self.edit} ({self.fraction:.2%})"
+        )
         return f"<p>{note}; how many per layer and matrix:</p>{by_matrix.to_html()}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -123,6 +133,7 @@ class FrozenSet:
         metadata = {
             "positions": [self.positions.start, self.positions.stop],
             "n_candidates": self.n_candidates,
+            "bucketed": self.bucketed,
             "provenance": self.provenance.model_dump(),
         }
         save_tensors(path, "frozen set", tensors, metadata)
@@ -161,6 +172,7 @@ class FrozenSet:
                 count=tensors["count"].numpy(),
                 n_candidates=metadata["n_candidates"],
                 provenance=Provenance(**metadata["provenance"]),
+                bucketed=metadata.get("bucketed", False),
             )
         except KeyError as error:
             raise FileFormatError(f"{path} lacks {error}.") from error
@@ -181,11 +193,20 @@ class FrozenSet:
 
 
 class Freeze:
-    """An edit of a model through hooks: on inside ``with``, or from ``apply()`` to ``undo()``."""
+    """An edit of a model through hooks: on inside ``with``, or from ``apply()`` to ``undo()``.
 
-    def __init__(self, model: TransformerBridge, frozen: FrozenSet) -> None:
+    With ``bias_only`` the means are added but nothing is taken away: a control that tells how much
+    of an effect is the bias.
+    """
+
+    def __init__(
+        self, model: TransformerBridge, frozen: FrozenSet, *, bias_only: bool = False
+    ) -> None:
         self._model = model
         self._edits = _edits(model, frozen)
+        if bias_only:
+            for edit in self._edits:
+                edit.inputs = torch.zeros_like(edit.inputs)
         self._undo: list[Callable[[], None]] = []
 
     def apply(self) -> "Freeze":
@@ -240,7 +261,8 @@ class _MatrixEdit:
     """The correction of one matrix: ``y ← y − (x A) B + bias[position]``.
 
     ``inputs`` is A or, where cheaper, A B with ``outputs`` left out. The last row of ``bias`` is
-    for positions outside ``positions`` or without calibration data.
+    for positions outside ``positions`` or without calibration data; with ``bucketed``, the first is
+    for all positions before it, too.
     """
 
     matrix: WeightMatrix
@@ -249,6 +271,7 @@ class _MatrixEdit:
     bias: Float[Tensor, "rows all_out"]
     first: int
     rows: Int[Tensor, " rows"]
+    bucketed: bool
     x: Tensor | None = None
 
     def attach(
@@ -276,6 +299,8 @@ class _MatrixEdit:
     def _rows(self, positions: Int[Tensor, "*batch pos"]) -> Int[Tensor, "*batch pos"]:
         last = len(self.rows) - 1
         row = positions - self.first
+        if self.bucketed:
+            row = row.clamp_min(0)
         outside = (row < 0) | (row >= last)
         return self.rows[row.masked_fill(outside, last)]
 
@@ -329,6 +354,7 @@ def _matrix_edit(spectrum: Spectrum, frozen: FrozenSet, rows: np.ndarray) -> _Ma
         bias=bias,
         first=frozen.positions.start,
         rows=torch.where(seen, table, last),
+        bucketed=frozen.bucketed,
     )
 
 

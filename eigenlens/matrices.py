@@ -81,7 +81,11 @@ class WeightMatrix:
         """All heads side by side, ``x @ W`` orientation: a view that writes through."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        return weight if isinstance(self.module, Conv1D) else weight.T
+        return self.flat(weight)
+
+    def flat(self, stored: Float[Tensor, "rows columns"]) -> Float[Tensor, "all_in all_out"]:
+        """What has the layout of the parameter, such as its gradient, as ``x @ W`` needs it."""
+        return stored if isinstance(self.module, Conv1D) else stored.T
 
     @property
     def weight(self) -> Float[Tensor, "head d_in d_out"]:
@@ -102,6 +106,15 @@ def split_heads(
     if head_axis == "in":
         return rearrange(flat, "(head d_in) d_out -> head d_in d_out", head=n_heads)
     return rearrange(flat, "d_in (head d_out) -> head d_in d_out", head=n_heads)
+
+
+def join_heads(
+    weight: Float[Tensor, "head d_in d_out"], head_axis: Literal["in", "out"] | None
+) -> Float[Tensor, "all_in all_out"]:
+    """Put heads side by side again: the inverse of :func:`split_heads`."""
+    if head_axis == "in":
+        return rearrange(weight, "head d_in d_out -> (head d_in) d_out")
+    return rearrange(weight, "head d_in d_out -> d_in (head d_out)")
 
 
 class WeightMatrices(tuple[WeightMatrix, ...]):

@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import torch
 from datasets import Dataset
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
 
 from eigenlens.positions import prompt_ends_at
-from eigenlens.tasks.batches import Batch, make_batches
+from eigenlens.tasks.batches import Batch, make_batches, tokenise
 
 Metric = Callable[[Float[Tensor, "batch answer d_vocab"], Batch], Float[Tensor, " batch"]]
 
@@ -43,6 +44,11 @@ def answer_logits(model: TransformerBridge, batch: Batch) -> Float[Tensor, "batc
         return model(batch.tokens, attention_mask=mask, use_cache=False)
 
 
+def precise(logits: Tensor) -> Tensor:
+    """Logits in float32 at least: log-likelihoods lose too much in half precision."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def answer_loss(
     logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
 ) -> Float[Tensor, " batch"]:
@@ -67,6 +73,37 @@ def logit_diff(wrong: Tensor) -> Metric:
         return first.gather(-1, other[:, None])[:, 0] - right
 
     return metric
+
+
+def wrong_candidates(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " example"]:
+    """First token of the other candidate of each example: what :func:`logit_diff` takes.
+
+    Args:
+        data: examples with two candidates each, the answer among them.
+        tokenizer: the model's.
+
+    Raises:
+        ValueError: an example without exactly two candidates, one of them the answer, or whose
+            candidates begin with the same token, so that no difference would be seen.
+    """
+    others = []
+    for row, example in enumerate(data):
+        wrong = [text for text in example["candidates"] if text != example["answer"]]
+        if len(example["candidates"]) != 2 or len(wrong) != 1:
+            raise ValueError(
+                f"Example {row}: a logit difference needs two candidates, one of them the answer "
+                f"{example['answer']!r}, not {example['candidates']}."
+            )
+        others.append({"prompt": example["prompt"], "answer": wrong[0]})
+    right = [encoded.answer[0] for encoded in tokenise(data, tokenizer)]
+    wrong_tokens = [encoded.answer[0] for encoded in tokenise(Dataset.from_list(others), tokenizer)]
+    for row, (one, other) in enumerate(zip(right, wrong_tokens, strict=True)):
+        if one == other:
+            raise ValueError(
+                f"Example {row}: the candidates {data[row]['candidates']} begin with the same "
+                "token, so their first logits do not differ."
+            )
+    return torch.tensor(wrong_tokens)
 
 
 def kl_to_unedited(model: TransformerBridge, data: Dataset, batch_size: int = 50) -> Metric:

@@ -1,30 +1,46 @@
-"""The whole job: load → decompose → score → select → freeze → evaluate before and after.
+"""The whole job: load → decompose → score → search → freeze → evaluate before and after.
 
 With ``out`` every stage is written as it ends; a run that was interrupted goes on from there, and a
 finished one is read back. The folder's ``config.yaml`` alone reproduces the run.
 """
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.estimators import REFINED, REFINED_EXAMPLES, refined
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
 from eigenlens.files import FileFormatError, write_json, write_text
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.models import load_model
-from eigenlens.plots import spectrum
+from eigenlens.plots import search_trace, spectrum
 from eigenlens.provenance import Provenance, versions
+from eigenlens.reference_code import (
+    ReferenceCode,
+    finetuned,
+    score_like_reference,
+    select_like_reference,
+)
 from eigenlens.scoring import Criterion, Reference, Scores, score
-from eigenlens.selection import Within, select
-from eigenlens.spectra import decompose
+from eigenlens.search import SEARCHES, Protection, SearchResult
+from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
 
 T = TypeVar("T")
@@ -33,8 +49,16 @@ T = TypeVar("T")
 class EigenpruneConfig(BaseModel):
     """Everything that a run depends on. Unknown keys are refused.
 
-    ``fraction`` may be a list: the best on the validation split is taken (highest exact-match
-    accuracy, then lowest loss). ``seed`` is the seed of the task and of resampling.
+    ``search`` is a key of :data:`eigenlens.search.SEARCHES` and ``search_args`` are its own
+    keyword arguments. All choices are made on the validation split: highest exact-match accuracy,
+    then lowest loss. ``protect`` names tasks (with their arguments) whose validation split the edit
+    must leave as it is, to within ``protect_bound`` nats of divergence per answer token.
+    ``refine`` components, those whose scores are least to be trusted, get their exact effect on
+    some training examples instead of the estimate: by default 300 for ``one_shot``, the only search
+    that ranks once and for all, unless the criterion is ``max`` or ``ucb``, which estimate no mean.
+
+    ``reference_code`` scores and selects as the paper's released code does; its switches say in
+    what. ``seed`` is the seed of the task, of resampling and of the search.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,26 +70,36 @@ class EigenpruneConfig(BaseModel):
     task_args: dict[str, Any] = Field(default_factory=dict)
     matrices: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
+    reference_code: ReferenceCode | None = None
     criterion: Criterion = "margin"
+    refine: int | None = Field(default=None, ge=0)
     reference: Reference = "mean"
-    fraction: tuple[float, ...] = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-    within: Within = "all"
-    negative_only: bool = False
+    search: Literal["one_shot", "iterative", "guarded", "learned"] = "learned"
+    search_args: dict[str, Any] = Field(default_factory=dict)
+    protect: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    protect_bound: float = Field(default=0.05, ge=0)
     batch_size: int = Field(default=50, ge=1)
     seed: int = 0
 
-    @field_validator("fraction", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, int | float) else value
+    @model_validator(mode="after")
+    def _check_search(self) -> "EigenpruneConfig":
+        _check_options(self.search, self.search_args)
+        if self.protect and "protect" not in inspect.signature(SEARCHES[self.search]).parameters:
+            raise ValueError(f"search={self.search!r} cannot protect: use guarded or learned")
+        if self.reference_code is not None and self.search != "one_shot":
+            raise ValueError("reference_code goes with search='one_shot'")
+        return self
 
-    @field_validator("fraction")
     @classmethod
-    def _in_range(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        outside = [f for f in value if not 0 <= f <= 1]
-        if outside or not value:
-            raise ValueError(f"fraction={outside} lies outside [0, 1]")
-        return value
+    def preset(cls, name: str, **overrides: Any) -> "EigenpruneConfig":
+        """The configuration of a key of :data:`PRESETS`; ``overrides`` win.
+
+        Raises:
+            ValueError: no such preset, or a value that is not valid.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Unknown preset {name!r}; choose from {', '.join(PRESETS)}.")
+        return cls.make(**{**PRESETS[name], **overrides})
 
     @classmethod
     def make(cls, **values: Any) -> "EigenpruneConfig":
@@ -98,6 +132,45 @@ class EigenpruneConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's text: per-position means, worst case over examples, three shares to choose from.
+    "paper": {
+        "criterion": "max",
+        "reference": "mean",
+        "search": "one_shot",
+        "search_args": {"fractions": [0.01, 0.05, 0.1]},
+    },
+    # The released code, all deviations on; its main script freezes 30 % of the keys.
+    "reference_code": {
+        "matrices": ["W_K"],
+        "reference_code": {},
+        "search": "one_shot",
+        "search_args": {"fractions": [0.3]},
+    },
+}
+_STATE = "search.safetensors"  # of a search that is not done yet
+# Given by the run itself, not by ``search_args``.
+_GIVEN = {"protect", "choose", "batch_size", "seed", "checkpoint", "progress"}
+
+
+def _check_options(search: str, options: dict[str, Any]) -> None:
+    """Names and types of a search's arguments, before anything expensive starts."""
+    parameters = inspect.signature(SEARCHES[search]).parameters.values()
+    own = {
+        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN
+    }
+    model = create_model(search, __config__=ConfigDict(extra="forbid"), **own)  # type: ignore[call-overload]
+    try:
+        model(**options)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ValueError(
+            f"{'; '.join(problems)} (arguments of {search}: {', '.join(own)})"
+        ) from error
+
+
 @dataclass(frozen=True)
 class EigenpruneResult:
     """What a run found.
@@ -107,8 +180,7 @@ class EigenpruneResult:
         before, after: test split, unedited and frozen.
         comparison: the two, paired.
         scores: of every component on the train split.
-        frozen: the components that were frozen.
-        choices: validation loss and accuracy of each fraction that was tried.
+        search: the components that were frozen, the trace of the search, and what it spared.
         seconds: per stage.
     """
 
@@ -117,9 +189,13 @@ class EigenpruneResult:
     after: Evaluation
     comparison: Comparison
     scores: Scores
-    frozen: FrozenSet
-    choices: list[dict[str, float]] = field(default_factory=list)
+    search: SearchResult
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def frozen(self) -> FrozenSet:
+        """The components that were frozen or attenuated."""
+        return self.search.frozen
 
     def metrics(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""
@@ -133,7 +209,11 @@ class EigenpruneResult:
                 "of": self.frozen.n_candidates,
                 "fraction": self.frozen.fraction,
             },
-            "choices": self.choices,
+            "search": {
+                "method": self.search.method,
+                "chosen": self.search.trace[self.search.trace["chosen"]].to_dict("records")[0],
+                "protected": self.search.protected.to_dict("records"),
+            },
             "seed": self.config.seed,
             "fingerprints": {
                 "model": source.model_fingerprint,
@@ -152,7 +232,8 @@ class EigenpruneResult:
         )
         return (
             f"<p>{self.config.task} on {self.config.model}: {len(self.frozen):,} of "
-            f"{self.frozen.n_candidates:,} components frozen ({self.frozen.fraction:.2%}); "
+            f"{self.frozen.n_candidates:,} components {self.frozen.edit} "
+            f"({self.frozen.fraction:.2%}); "
             f"{self.before.n} test examples, McNemar p = {self.comparison.p_value:.2g}</p>"
             "<table><tr><th></th><th>accuracy</th><th>95 % interval</th>"
             f"<th>loss (nats)</th></tr>{rows}</table>"
@@ -198,15 +279,45 @@ def eigenprune(
         Evaluation.load,
         lambda: evaluate(model, task.test, batch_size=config.batch_size, progress=progress),
     )
+    with _fine_tuned(model, task, config):
+        return _edit(model, task, config, stages, before, progress)
+
+
+@contextmanager
+def _fine_tuned(model: TransformerBridge, task: Task, config: EigenpruneConfig) -> Iterator[None]:
+    """The released code's optional epoch on all weights, taken back on leaving."""
+    switches = config.reference_code
+    if switches is None or not switches.finetune:
+        yield
+        return
+    with finetuned(model, task.train, batch_size=switches.batch_size, seed=config.seed):
+        yield
+
+
+def _edit(
+    model: TransformerBridge,
+    task: Task,
+    config: EigenpruneConfig,
+    stages: "_Stages",
+    before: Evaluation,
+    progress: bool,
+) -> EigenpruneResult:
+    """Everything after the measurement of the unedited model."""
     scores = stages.do(
         "score",
         "scores.parquet",
         Scores.load,
         lambda: _score(model, task, config, stages, progress),
     )
-    with stages.timed("select"):
-        frozen, choices = _choose(model, task, config, scores)
-    stages.write("frozen.safetensors", frozen.save)
+    found = stages.do(
+        "search",
+        "",
+        SearchResult.load,
+        lambda: _search(model, task, config, scores, stages, progress),
+    )
+    if stages.out is not None:
+        (stages.out / _STATE).unlink(missing_ok=True)
+    frozen = found.frozen
     after = stages.do(
         "after",
         "after.parquet",
@@ -219,13 +330,13 @@ def eigenprune(
         after,
         compare(before, after, seed=config.seed),
         scores,
-        frozen,
-        choices,
+        found,
         stages.seconds,
     )
     if stages.out is not None:
         write_json(stages.out / "metrics.json", result.metrics())
         stages.write("spectrum.html", lambda path: spectrum(scores, frozen).write_html(path))
+        stages.write("trace.html", lambda path: search_trace(found).write_html(path))
     return result
 
 
@@ -236,9 +347,12 @@ def _score(
     stages: "_Stages",
     progress: bool,
 ) -> Scores:
-    with stages.timed("decompose"):
-        spectra = decompose(model, config.matrices, config.layers, progress=progress)
-    return score(
+    spectra = _spectra(model, config, stages, progress)
+    if config.reference_code is not None:
+        return score_like_reference(
+            model, spectra, task.train, config.reference_code, seed=config.seed
+        )
+    scores = score(
         model,
         spectra,
         task.train,
@@ -248,23 +362,55 @@ def _score(
         seed=config.seed,
         progress=progress,
     )
+    count = config.refine
+    if count is None:
+        ranked_once = config.search == "one_shot" and config.criterion not in ("max", "ucb")
+        count = REFINED if ranked_once else 0
+    if count == 0:
+        return scores
+    examples = task.train.select(range(min(REFINED_EXAMPLES, len(task.train))))
+    with stages.timed("refine"):
+        return refined(
+            model, scores, examples, count=count, batch_size=config.batch_size, progress=progress
+        )
 
 
-def _choose(
-    model: TransformerBridge, task: Task, config: EigenpruneConfig, scores: Scores
-) -> tuple[FrozenSet, list[dict[str, float]]]:
-    """The best fraction on the validation split, and what each reached there."""
-    options = {"within": config.within, "negative_only": config.negative_only}
-    sets = {f: select(scores, f, **options) for f in config.fraction}  # type: ignore[arg-type]
-    if len(sets) == 1:
-        return next(iter(sets.values())), []
-    choices = []
-    for fraction, frozen in sets.items():
-        with freeze(model, frozen):
-            found = evaluate(model, task.validation, batch_size=config.batch_size)
-        choices.append({"fraction": fraction, "accuracy": found.accuracy, "loss": found.loss})
-    best = min(choices, key=lambda choice: (-choice["accuracy"], choice["loss"]))
-    return sets[best["fraction"]], choices
+def _spectra(
+    model: TransformerBridge, config: EigenpruneConfig, stages: "_Stages", progress: bool
+) -> Spectra:
+    with stages.timed("decompose"):
+        return decompose(model, config.matrices, config.layers, progress=progress)
+
+
+def _search(
+    model: TransformerBridge,
+    task: Task,
+    config: EigenpruneConfig,
+    scores: Scores,
+    stages: "_Stages",
+    progress: bool,
+) -> SearchResult:
+    if scores.spectra is None:  # read back from the run folder
+        scores = replace(scores, spectra=_spectra(model, config, stages, progress))
+    options: dict[str, Any] = {"batch_size": config.batch_size, **config.search_args}
+    if config.search == "one_shot":
+        if config.reference_code is not None:
+            options["choose"] = partial(select_like_reference, switches=config.reference_code)
+        return SEARCHES["one_shot"](model, scores, task.validation, **options)
+    if "seed" in inspect.signature(SEARCHES[config.search]).parameters:
+        options["seed"] = config.seed
+    if config.protect:
+        spared = {
+            name: load_task(name, model.tokenizer, **{"seed": config.seed} | arguments).validation
+            for name, arguments in config.protect.items()
+        }
+        options["protect"] = Protection(
+            model, spared, bound=config.protect_bound, batch_size=config.batch_size
+        )
+    state = stages.out / _STATE if stages.out is not None else None
+    return SEARCHES[config.search](
+        model, scores, task.train, task.validation, checkpoint=state, progress=progress, **options
+    )
 
 
 def _after(
@@ -299,13 +445,11 @@ class _Stages:
         write_text(file, identity)
 
     def do(self, name: str, file: str, load: Callable[[Path], T], make: Callable[[], T]) -> T:
-        """Read ``file`` if it is whole, else make the result and write it."""
+        """Read ``file`` of the run folder if it is whole, else make the result and write it."""
         with self.timed(name):
-            if self.out is not None and (self.out / file).is_file():
-                try:
+            if self.out is not None:
+                with suppress(FileNotFoundError, FileFormatError):  # absent or damaged: made anew
                     return load(self.out / file)
-                except FileFormatError:
-                    pass  # damaged: made anew
             made = make()
         self.write(file, made.save)  # type: ignore[attr-defined]
         return made

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_models import MIXED, dataset
 
 import eigenlens as el
-from eigenlens.evaluation import wilson_interval
+from eigenlens.evaluation import majority_accuracy, wilson_interval
 from eigenlens.provenance import Provenance
 
 
@@ -77,6 +77,35 @@ def test_choice_accuracy_takes_the_likeliest_candidate(tiny):
     broken = data.remove_columns("answer").add_column("answer", [" 9", " 7"])
     with pytest.raises(ValueError, match="Example 0: the answer ' 9' is not among"):
         el.evaluate(model, broken)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_perplexity_is_that_of_the_transformers_model(tiny, family):
+    model = tiny(family)
+    nats, n_tokens = 0.0, 0
+    for example in MIXED:
+        prompt = model.tokenizer.encode(example["prompt"], add_special_tokens=False)
+        answer = model.tokenizer.encode(example["answer"], add_special_tokens=False)
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            mean = model.original_model(torch.tensor([prompt + answer]), labels=labels).loss
+        nats, n_tokens = nats + float(mean) * len(answer), n_tokens + len(answer)
+    # Answers of different lengths: every token counts alike, whatever the batches.
+    for batch_size in (1, 3, 50):
+        found = el.perplexity(model, MIXED, batch_size=batch_size)
+        assert found == pytest.approx(np.exp(nats / n_tokens), rel=1e-9)
+
+
+def test_majority_accuracy_by_hand():
+    def answers(*texts):
+        return dataset([("p", text) for text in texts])
+
+    train = answers(" b", " a", " c", " a", " b", " a")
+    assert majority_accuracy(train, answers(" a", " b", " a", " d")) == 0.5
+    assert majority_accuracy(train, answers(" b")) == 0.0
+    assert majority_accuracy(answers(" b", " a"), answers(" b", " b", " a")) == 2 / 3  # a tie
+    with pytest.raises(ValueError, match="both sides"):
+        majority_accuracy(train, answers())
 
 
 def test_wilson_interval_by_hand():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import eigenlens as el
 from eigenlens import pipeline
 from eigenlens.cli import app
+from eigenlens.exact import exact_effects
 from eigenlens.files import FileFormatError
 
 ARGS = {"low": 1, "high": 12, "n_train": 40, "n_validation": 20, "n_test": 20}
@@ -20,9 +22,13 @@ FILES = [
     "config.yaml",
     "frozen.safetensors",
     "metrics.json",
+    "protected.parquet",
     "scores.parquet",
     "spectrum.html",
+    "trace.html",
+    "trace.parquet",
 ]
+FRACTIONS = [0.01, 0.1, 0.4]
 
 
 @pytest.fixture
@@ -32,6 +38,8 @@ def config(tiny_folder):
         task="int_add",
         task_args=ARGS,
         criterion="max",
+        search="one_shot",
+        search_args={"fractions": FRACTIONS},
         device="cpu",
         batch_size=16,
     )
@@ -47,9 +55,11 @@ def test_run_folder_and_resumption(config, tmp_path, monkeypatch):
     assert metrics["before"]["n"] == 20
     assert metrics["seed"] == 0
     assert metrics["versions"]["torch"] == torch.__version__
-    assert set(metrics["seconds"]) >= {"before", "decompose", "score", "select", "after"}
+    assert set(metrics["seconds"]) >= {"before", "decompose", "score", "search", "after"}
     assert metrics["fingerprints"]["model"] == first.frozen.provenance.model_fingerprint
-    assert [c["fraction"] for c in metrics["choices"]] == list(config.fraction)
+    assert metrics["search"]["method"] == "one_shot"
+    assert metrics["search"]["chosen"]["components"] == len(first.frozen)
+    assert first.search.trace["fraction"].tolist() == FRACTIONS
 
     (out / "after.parquet").unlink()
     damaged = out / "scores.parquet"
@@ -70,7 +80,7 @@ def test_an_interrupted_run_leaves_whole_files_only(config, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     out = tmp_path / "run"
-    monkeypatch.setattr(pipeline, "select", interrupted)
+    monkeypatch.setitem(pipeline.SEARCHES, "one_shot", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, out, progress=False)
     assert sorted(p.name for p in out.iterdir()) == [
@@ -87,8 +97,68 @@ def test_config_alone_reproduces_the_run_bit_for_bit(config, tmp_path):
     read = el.EigenpruneConfig.from_yaml(one / "config.yaml")
     assert read == config
     pipeline.run(read, tmp_path / "two", progress=False)
-    for name in set(FILES) - {"metrics.json", "spectrum.html"}:
+    for name in set(FILES) - {"metrics.json", "spectrum.html", "trace.html"}:
         assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("search", ["iterative", "guarded", "learned"])
+def test_every_search_runs_saves_and_resumes(config, tmp_path, monkeypatch, search):
+    options = {"steps": 4} | ({"every": 2} if search == "learned" else {"step": 3})
+    changes = {"search": search, "search_args": options}
+    if search != "iterative":
+        changes["protect"] = {"int_mult": {"high": 8}}
+    config = el.EigenpruneConfig(**{**config.model_dump(), **changes})
+    first = pipeline.run(config, tmp_path, progress=False)
+    for file in ("trace.parquet", "after.parquet"):  # killed before the end of the search
+        (tmp_path / file).unlink()
+    monkeypatch.setattr(pipeline, "score", lambda *a, **k: pytest.fail("scored again"))
+    again = pipeline.run(config, tmp_path, progress=False)
+    pd.testing.assert_frame_equal(again.search.trace, first.search.trace)
+    pd.testing.assert_frame_equal(again.frozen.to_pandas(), first.frozen.to_pandas())
+    assert again.after.examples.equals(first.after.examples)
+    if search != "iterative":
+        assert first.search.protected["data"].tolist() == ["int_mult"]
+        assert (first.search.protected["divergence"] <= config.protect_bound).all()
+
+
+def test_doubtful_scores_are_exact_where_one_ranking_decides(config):
+    changed = {"criterion": "margin", "refine": 12}
+    config = el.EigenpruneConfig(**{**config.model_dump(), **changed})
+    result = pipeline.run(config, progress=False)
+    model = el.load_model(config.model, device="cpu")
+    task = el.load_task("int_add", model.tokenizer, **ARGS)
+    plain = el.score(
+        model, el.decompose(model, progress=False), task.train, criterion="margin", progress=False
+    )
+    term = plain.with_criterion("fisher").delta_loss - plain.with_criterion("mean").delta_loss
+    top = np.argsort(-term)[:12]
+    effects = exact_effects(model, plain, top, task.train, progress=False)
+    off = np.abs(effects.mean(1) - plain.delta_loss[top])
+    refuted = off > 2 * effects.std(1, ddof=1) / np.sqrt(len(task.train))
+    expected = np.where(refuted, effects.mean(1), plain.delta_loss[top])
+    np.testing.assert_allclose(result.scores.delta_loss[top], expected, atol=1e-5)
+    rest = np.setdiff1d(np.arange(len(plain)), top)
+    np.testing.assert_allclose(result.scores.delta_loss[rest], plain.delta_loss[rest], atol=1e-6)
+
+
+def test_presets(config):
+    paper = el.EigenpruneConfig.preset("paper", model=config.model, task="int_add")
+    assert paper.search_args == {"fractions": [0.01, 0.05, 0.1]}
+    assert (paper.criterion, paper.reference) == ("max", "mean")
+    for finetune in (False, True):
+        code = el.EigenpruneConfig.preset(
+            "reference_code",
+            model=config.model,
+            task="int_add",
+            task_args=ARGS,
+            device="cpu",
+            reference_code={"finetune": finetune},
+        )
+        result = pipeline.run(code, progress=False)
+        assert set(result.frozen.to_pandas()["matrix"]) == {"W_K"}
+        assert len(result.frozen) == int(0.3 * len(result.scores))
+    with pytest.raises(ValueError, match="reference_code goes with"):
+        el.EigenpruneConfig.preset("reference_code", search="learned", search_args={})
 
 
 def test_the_fraction_is_chosen_on_validation(config, tiny_folder):
@@ -96,7 +166,7 @@ def test_the_fraction_is_chosen_on_validation(config, tiny_folder):
     task = el.load_task("int_add", model.tokenizer, **ARGS)
     result = el.eigenprune(model, task, config, progress=False)
     losses = []
-    for fraction in config.fraction:
+    for fraction in FRACTIONS:
         with el.freeze(model, el.select(result.scores, fraction)):
             found = el.evaluate(model, task.validation)
         losses.append((-found.accuracy, found.loss, fraction))
@@ -150,7 +220,8 @@ def test_command_line(config, tmp_path):
         "run", "--config", out / "config.yaml", "--fraction", 0.2, "--out", tmp_path / "other"
     )
     assert again.exit_code == 0, again.output
-    assert yaml.safe_load((tmp_path / "other/config.yaml").read_text())["fraction"] == [0.2]
+    changed = yaml.safe_load((tmp_path / "other/config.yaml").read_text())
+    assert changed["search_args"]["fractions"] == [0.2]
     assert "smollm2-135m" in run_cli("models").output
     assert "int_mult" in run_cli("tasks").output
 
@@ -158,7 +229,13 @@ def test_command_line(config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--fraction", "1.5"], "outside [0, 1]"),
+        (["--fraction", "1.5"], "less than or equal to 1"),
+        (["--fraction", "0.1", "--search", "learned"], "--fraction is for one_shot"),
+        (["--search", "luck"], "search"),
+        (["--search-arg", "stepz=3"], "stepz"),
+        (["--search-arg", "steps=many"], "steps"),
+        (["--search", "one_shot", "--protect", "int_add"], "cannot protect"),
+        (["--preset", "fast"], "Unknown preset"),
         (["--fraction", "much"], "comma-separated"),
         (["--criterion", "median"], "criterion"),
         (["--matrices", "W_X"], "Unknown matrix kind"),
@@ -175,7 +252,7 @@ def test_command_line(config, tmp_path):
 def test_bad_input_is_one_sentence_and_no_run(config, tmp_path, options, message):
     found = run_cli("run", "--model", config.model, "--out", tmp_path / "out", *options)
     assert found.exit_code == 2
-    assert message in found.output.replace("\n", " ")
+    assert message in " ".join(found.output.split())
     assert "Traceback" not in found.output
     assert not (tmp_path / "out" / "scores.parquet").exists()
 

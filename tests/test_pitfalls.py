@@ -87,8 +87,10 @@ def test_nothing_is_trained_before_or_while_pruning(tiny_folder):
     model = el.load_model(tiny_folder("llama"), device="cpu")
     before = model_fingerprint(model)
     task = el.load_task("int_add", model.tokenizer, low=1, high=12, n_train=20, n_test=9)
-    pipeline.eigenprune(model, task, el.EigenpruneConfig(criterion="max"), progress=False)
+    pipeline.eigenprune(
+        model, task, el.EigenpruneConfig(criterion="max", search_args={"steps": 2}), progress=False
+    )
     assert model_fingerprint(model) == before
-    nothing = el.EigenpruneConfig(fraction=0.0)
+    nothing = el.EigenpruneConfig(search="one_shot", search_args={"fractions": [0.0]})
     result = pipeline.eigenprune(model, task, nothing, progress=False)
     assert result.after.examples.equals(result.before.examples)

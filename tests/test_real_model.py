@@ -1,8 +1,4 @@
-"""The main job on SmolLM2-135M-Instruct, with the numbers that the README states."""
-
-import json
-import re
-from pathlib import Path
+"""The main job on SmolLM2-135M-Instruct, on a small budget."""
 
 import pytest
 import torch
@@ -11,22 +7,22 @@ import eigenlens as el
 from eigenlens import pipeline
 
 pytestmark = pytest.mark.real
-README = Path(__file__).parent.parent / "README.md"
+TASK = {"low": 10, "high": 30, "n_train": 300, "n_validation": 50, "n_test": 50}
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """What `make demo` runs."""
+def one_shot(tmp_path_factory):
+    """Freezing by the worst case, as the paper's code ranks."""
     config = el.EigenpruneConfig(
-        model="smollm2-135m", task="int_add", task_args={"low": 10, "high": 30},
-        criterion="max", fraction=0.4, device="cpu",
+        model="smollm2-135m", task="int_add", task_args={"low": 10, "high": 30}, criterion="max",
+        search="one_shot", search_args={"fractions": [0.4]}, device="cpu",
     )  # fmt: skip
-    out = tmp_path_factory.mktemp("runs") / "demo"
+    out = tmp_path_factory.mktemp("runs") / "one_shot"
     return pipeline.run(config, out, progress=False), out
 
 
-def test_freezing_by_the_worst_case_triples_accuracy(demo):
-    result, _ = demo
+def test_freezing_by_the_worst_case_triples_accuracy(one_shot):
+    result, _ = one_shot
     assert len(result.scores) == 97_920
     assert len(result.frozen) == 39_168
     assert result.after.accuracy >= 3 * result.before.accuracy
@@ -34,22 +30,22 @@ def test_freezing_by_the_worst_case_triples_accuracy(demo):
     assert result.after.loss < result.before.loss - 0.3
 
 
-def test_the_readme_states_what_the_run_measured(demo):
-    result, out = demo
-    text = README.read_text(encoding="utf-8")
-    for name, e in (("before", result.before), ("after", result.after)):
-        row = re.search(rf"^\| {name} \|(.+)\|$", text, re.MULTILINE)
-        assert row, f"README has no row {name!r}"
-        low, high = e.interval
-        stated = [cell.strip() for cell in row.group(1).split("|")]
-        assert stated == [f"{e.accuracy:.1%}", f"{low:.1%} … {high:.1%}", f"{e.loss:.3f}"]
-    assert (
-        json.loads((out / "metrics.json").read_text())["after"]["accuracy"] == result.after.accuracy
-    )
+def test_learned_gates_teach_it_to_add(tmp_path):
+    """A third of the steps of the default; three times as many reach more (figures/searches.md)."""
+    config = el.EigenpruneConfig(
+        model="smollm2-135m", task="int_add", task_args=TASK, device="cpu",
+        search_args={"steps": 80},
+    )  # fmt: skip
+    result = pipeline.run(config, tmp_path, progress=False)
+    assert result.frozen.edit == "frozen"
+    assert result.frozen.fraction < 0.05
+    assert result.before.accuracy < 0.1
+    assert result.after.accuracy > 0.5
+    assert result.comparison.p_value < 1e-4
 
 
-def test_a_frozen_set_read_back_gives_the_same_numbers(demo):
-    result, out = demo
+def test_a_frozen_set_read_back_gives_the_same_numbers(one_shot):
+    result, out = one_shot
     model = el.load_model("smollm2-135m", device="cpu")
     task = el.load_task("int_add", model.tokenizer, low=10, high=30)
     with el.freeze(model, el.FrozenSet.load(out / "frozen.safetensors", model)):
@@ -62,8 +58,8 @@ def test_a_frozen_set_read_back_gives_the_same_numbers(demo):
     assert el.evaluate(model, task.test).loss == pytest.approx(result.before.loss, abs=1e-6)
 
 
-def test_weights_in_bfloat16_run(demo):
+def test_weights_in_bfloat16_run(one_shot):
     model = el.load_model("smollm2-135m", dtype=torch.bfloat16, device="cpu")
     task = el.load_task("int_add", model.tokenizer, low=10, high=30)
     found = el.evaluate(model, task.test)
-    assert found.loss == pytest.approx(demo[0].before.loss, rel=0.05)
+    assert found.loss == pytest.approx(one_shot[0].before.loss, rel=0.05)

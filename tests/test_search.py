@@ -1,21 +1,34 @@
-"""Searches: gradients of gates, stopping on validation, a model left as it was."""
+"""Searches: gradients of gates, guards that hold, resumption, a model left as it was."""
+
+import sys
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import EQUAL, MIXED
 
 import eigenlens as el
+from eigenlens.gates import Gates
 from eigenlens.metrics import answer_logits, answer_loss
-from eigenlens.scoring.scorer import mean_effects
-from eigenlens.search import gated, iterative, learned
+from eigenlens.search import Protection, guarded, iterative, learned, one_shot
+from eigenlens.search.guarded import _hold_out, _try
+from eigenlens.search.learned import gated
 from eigenlens.tasks import make_batches
+
+SMALL = {"batch_size": 60, "progress": False}
 
 
 @pytest.fixture(scope="module")
 def arith():
     model = el.load_model("arith-tiny", dtype=torch.float64, device="cpu")
     task = el.load_task("ambiguous", model.tokenizer, n_train=60, n_validation=40, n_test=40)
-    return model, el.decompose(model, progress=False), task
+    spectra = el.decompose(model, progress=False)
+    base = el.score(model, spectra, task.train, criterion="margin", progress=False)
+    return model, base, task
 
 
 def loss(model, data):
@@ -26,65 +39,275 @@ def loss(model, data):
     return float(sum(values)) / len(data)
 
 
+def gate_slopes(model, base, data, z, batch_size=50):
+    with Gates(model, base) as gates:
+        gates.z = z
+        return sum(gates.gradient(b)[1] for b in make_batches(data, model, batch_size)) / len(data)
+
+
 def test_the_gradient_of_a_gate_is_the_slope_of_the_loss(arith):
-    model, spectra, task = arith
-    base = el.score(model, spectra, task.train, progress=False)
-    gates = torch.tensor(np.random.default_rng(0).uniform(0.05, 0.3, len(base)))
-    with el.freeze(model, gated(base, gates)):
-        slopes = mean_effects(model, spectra, task.train, base)
+    model, base, task = arith
+    z = torch.tensor(np.random.default_rng(0).uniform(0.05, 0.3, len(base)))
+    slopes = gate_slopes(model, base, task.train, z).numpy()
     for row in np.argsort(-np.abs(slopes))[:200:40]:
         values = []
         for step in (-1e-5, 1e-5):
-            moved = gates.clone()
+            moved = z.clone()
             moved[row] += step
             with el.freeze(model, gated(base, moved)):
                 values.append(loss(model, task.train))
         assert (values[1] - values[0]) / 2e-5 == pytest.approx(slopes[row], rel=1e-4, abs=1e-7)
 
 
-def test_at_closed_gates_the_gradient_is_the_score(arith):
-    model, spectra, task = arith
-    base = el.score(model, spectra, task.train, progress=False)
-    np.testing.assert_allclose(
-        mean_effects(model, spectra, task.train, base), base.delta_loss, atol=1e-10
-    )
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi", "gemma2", "opt", "falcon"])
+@pytest.mark.parametrize("data", [EQUAL, MIXED])
+def test_gates_do_what_freezing_does(tiny, family, data):
+    """Logits under gates equal those of a FrozenSet with the same strengths, also with padding."""
+    model = tiny(family)
+    base = el.score(model, el.decompose(model, progress=False), data, progress=False)
+    z = torch.tensor(np.random.default_rng(1).uniform(0, 1, len(base))).round(decimals=1)
+    (batch,) = make_batches(data, model, len(data))
+    with torch.no_grad():
+        before = answer_logits(model, batch)
+        with el.freeze(model, gated(base, z)):
+            frozen = answer_logits(model, batch)
+        with Gates(model, base) as gates:
+            gates.set(z)
+            through_gates = answer_logits(model, batch)
+        after = answer_logits(model, batch)
+    torch.testing.assert_close(through_gates, frozen, rtol=1e-9, atol=1e-9)
+    assert torch.equal(before, after)
+    assert (frozen - before).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_learned_gates_help_and_leave_the_model_as_it_was(arith, hard):
-    model, spectra, task = arith
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
+def test_at_closed_gates_the_gradient_is_the_score(tiny, family):
+    model = tiny(family)
+    base = el.score(model, el.decompose(model, progress=False), MIXED, progress=False)
+    slopes = gate_slopes(model, base, MIXED, torch.zeros(len(base), dtype=torch.float64))
+    np.testing.assert_allclose(slopes, base.delta_loss, atol=1e-10)
+
+
+def test_gates_leave_the_model_after_an_exception(arith):
+    model, base, task = arith
+    before = loss(model, task.validation)
+
+    def fail():
+        with Gates(model, base) as gates:
+            gates.set(torch.ones(len(base), dtype=torch.float64))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert loss(model, task.validation) == before
+    assert not any("forward" in vars(m.module) for m in el.weight_matrices(model))
+
+
+@pytest.mark.parametrize("attenuate", [False, True])
+def test_learned_gates_help_and_leave_the_model_as_it_was(arith, attenuate):
+    model, base, task = arith
     before = loss(model, task.validation)
     found = learned(
         model,
-        spectra,
+        base,
         task.train,
         task.validation,
-        steps=30,
-        hard=hard,
-        sparsity=1e-3,
-        batch_size=60,
-        progress=False,
+        steps=120,
+        attenuate=attenuate,
+        **SMALL,
     )
     assert loss(model, task.validation) == before
     strength = found.frozen.to_pandas()["strength"]
-    assert (strength == 1).all() if hard else (strength < 1).any()
+    assert (strength < 1).any() if attenuate else (strength == 1).all()
+    assert ("attenuated" in found.method) == attenuate
     with el.freeze(model, found.frozen):
         after = el.evaluate(model, task.validation)
-    assert after.accuracy == found.trace["accuracy"].max()
-    assert after.accuracy > found.trace["accuracy"][0] + 0.2
+    chosen = found.trace[found.trace["chosen"]].iloc[0]
+    assert after.accuracy == chosen["validation_accuracy"] == found.trace.validation_accuracy.max()
+    assert after.loss == pytest.approx(chosen["validation_loss"])
+    assert after.accuracy > found.trace["validation_accuracy"][0] + 0.2
+
+
+def test_one_shot_takes_the_best_fraction(arith):
+    model, base, task = arith
+    found = one_shot(model, base, task.validation, fractions=(0.5, 0.01))
+    for fraction, accuracy in found.trace[["fraction", "validation_accuracy"]].to_numpy():
+        with el.freeze(model, el.select(base, fraction)):
+            assert el.evaluate(model, task.validation).accuracy == accuracy
+    assert len(found.frozen) == found.trace[found.trace["chosen"]]["components"].iloc[0]
 
 
 def test_iterative_takes_the_best_step_of_its_trace(arith):
-    model, spectra, task = arith
-    found = iterative(
-        model, spectra, task.train, task.validation, step=4, steps=4, batch_size=60, progress=False
-    )
+    model, base, task = arith
+    found = iterative(model, base, task.train, task.validation, step=4, steps=4, **SMALL)
     assert found.trace["components"].tolist() == [0, 4, 8, 12, 16]
     with el.freeze(model, found.frozen):
         after = el.evaluate(model, task.validation)
-    assert after.accuracy == found.trace["accuracy"].max()
-    first = el.select(
-        el.score(model, spectra, task.train, criterion="margin", progress=False), count=4
+    assert after.accuracy == found.trace["validation_accuracy"].max()
+    with el.freeze(model, el.select(base, count=4)):
+        first = el.evaluate(model, task.validation)
+    assert found.trace["validation_accuracy"][1] == first.accuracy
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    seed=st.integers(0, 100),
+    step=st.sampled_from([1, 5, 40, 200]),
+    share=st.sampled_from([0.3, 0.5]),
+    family=st.sampled_from(["gpt2", "llama"]),
+)
+def test_guarded_never_ends_with_a_higher_calibration_loss(tiny, seed, step, share, family):
+    """On random models, where first-order scores are as often wrong as right."""
+    model = tiny(family)
+    data = MIXED
+    base = el.score(model, el.decompose(model, progress=False), data, progress=False)
+    found = guarded(
+        model, base, data, data, step=step, steps=4, calibration=share, seed=seed, **SMALL
     )
-    with el.freeze(model, first):
-        assert found.trace["accuracy"][1] == el.evaluate(model, task.validation).accuracy
+    _, held_out = _hold_out(data, share, seed)
+    before = el.evaluate(model, held_out).loss
+    with el.freeze(model, found.frozen):
+        after = el.evaluate(model, held_out).loss
+    assert after <= before
+    losses = found.trace["calibration_loss"]
+    assert losses[0] == pytest.approx(before)
+    assert (losses.diff().dropna() <= 0).all()
+    assert el.evaluate(model, held_out).loss == before
+
+
+class Loss:
+    """Stands for an evaluation."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+
+@pytest.mark.parametrize(
+    ("harm", "accepted", "blamed"),
+    [
+        ([], [0, 1, 2, 3, 4, 5, 6, 7], []),  # all help: all kept
+        ([6], [0, 1, 2, 3], [4, 5, 6, 7]),  # halved once; the half with the harm is blamed
+        ([2], [0, 1], [2, 3]),
+        ([0], [1, 2], [0]),  # the first alone harms: it is set aside, and fewer are tried
+    ],
+)
+def test_a_step_is_halved_until_it_helps(harm, accepted, blamed):
+    def look(rows):
+        return Loss(1.0 - 0.1 * len(rows) + 10 * np.isin(rows, harm).sum()), True
+
+    made = _try(np.arange(12), 8, 1.0, look)
+    assert made.accepted.tolist() == accepted
+    assert made.blamed.tolist() == blamed
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(monkeypatch, looks):
+    """Make the search die in its n-th look at data."""
+    left = [looks]
+
+    def dying(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return el.evaluate(*args, **kwargs)
+
+    for name in ("guarded", "iterative", "learned"):
+        # The packages' functions have the names of their modules.
+        monkeypatch.setattr(sys.modules[f"eigenlens.search.{name}"], "evaluate", dying)
+
+
+def run_search(name, arith, **more):
+    model, base, task = arith
+    data = (model, base, task.train, task.validation)
+    if name == "iterative":
+        return iterative(*data, step=3, steps=4, **SMALL, **more)
+    if name == "guarded":
+        return guarded(*data, step=8, steps=4, **SMALL, **more)
+    return learned(*data, steps=25, every=5, attenuate=name == "attenuated", **SMALL, **more)
+
+
+@pytest.mark.parametrize("name", ["iterative", "guarded", "learned", "attenuated"])
+def test_a_killed_search_resumes_to_the_same_result(arith, monkeypatch, tmp_path, name):
+    whole = run_search(name, arith)
+    looks = 0
+    while True:
+        looks += 3
+        state = tmp_path / f"{looks}.safetensors"
+        with monkeypatch.context() as patch:
+            killed_after(patch, looks)
+            try:
+                run_search(name, arith, checkpoint=state)
+                break
+            except Killed:
+                pass
+        resumed = run_search(name, arith, checkpoint=state)
+        pd.testing.assert_frame_equal(resumed.trace, whole.trace)
+        pd.testing.assert_frame_equal(resumed.frozen.to_pandas(), whole.frozen.to_pandas())
+    assert looks > 3
+
+
+def test_a_checkpoint_of_another_search_is_refused(arith, tmp_path):
+    model, base, task = arith
+    state = tmp_path / "state.safetensors"
+    iterative(model, base, task.train, task.validation, step=3, steps=1, checkpoint=state, **SMALL)
+    for changed in (
+        {"step": 4, "train": task.train},
+        {"step": 3, "train": task.test},
+    ):
+        with pytest.raises(ValueError, match="other options"):
+            iterative(
+                model,
+                base,
+                changed["train"],
+                task.validation,
+                step=changed["step"],
+                checkpoint=state,
+                **SMALL,
+            )
+
+
+@pytest.mark.parametrize("search", [guarded, learned])
+def test_protected_data_stay_within_their_bound(arith, search):
+    """The product's rivals cost the sum most of its answers; under protection they may not."""
+    model, base, task = arith
+    plain = el.load_task("int_add", model.tokenizer, low=0, high=20).train.select(range(60))
+    options = {"steps": 100} if search is learned else {"steps": 4, "step": 8}
+    protect = Protection(model, {"sums": plain}, bound=0.02)
+    assert protect.measure()["sums"] == pytest.approx(0, abs=1e-9)
+    found = search(model, base, task.train, task.validation, protect=protect, **options, **SMALL)
+    row = found.protected.iloc[0]
+    assert row["divergence"] <= 0.02
+    with el.freeze(model, found.frozen):
+        assert protect.measure()["sums"] == pytest.approx(row["divergence"])
+    assert row["accuracy_before"] - row["accuracy_after"] < 0.1
+    assert len(found.frozen) > 0
+
+
+def test_results_survive_a_round_trip(arith, tmp_path):
+    model, base, task = arith
+    found = one_shot(model, base, task.validation, fractions=(0.01, 0.02))
+    found.save(tmp_path)
+    back = el.SearchResult.load(tmp_path)
+    assert back.method == found.method
+    pd.testing.assert_frame_equal(back.trace, found.trace)
+    pd.testing.assert_frame_equal(back.frozen.to_pandas(), found.frozen.to_pandas())
+
+
+def test_wrong_options_name_themselves(arith):
+    model, base, task = arith
+    data = (model, base, task.train, task.validation)
+    with pytest.raises(ValueError, match="step=0"):
+        iterative(*data, step=0)
+    with pytest.raises(ValueError, match=r"calibration=1\.5"):
+        guarded(*data, calibration=1.5)
+    with pytest.raises(ValueError, match=r"start=1\.5"):
+        learned(*data, start=1.5)
+    with pytest.raises(ValueError, match="every=0"):
+        learned(*data, every=0)
+    with pytest.raises(ValueError, match="loaded without directions"):
+        iterative(model, replace(base, spectra=None), task.train, task.validation, steps=1)
+    with pytest.raises(ValueError, match="bound=-1"):
+        Protection(model, {}, bound=-1.0)

@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.circuits.nodes import EMBED
 from eigenlens.matrices import WeightMatrix
-from eigenlens.metrics import Metric, answer_logits
+from eigenlens.metrics import Metric, answer_logits, precise
 from eigenlens.tasks.batches import Batch
 
 Norm = Literal["frozen", "full"]
@@ -143,7 +143,7 @@ def run_gradients(
         hooks.append((matrix.hook_in, partial(keep, matrix.name)))
         hooks.append((matrix.hook_out, partial(pass_on, matrix.name)))
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
-        total = metric(_precise(answer_logits(model, batch)), batch).sum()
+        total = metric(precise(answer_logits(model, batch)), batch).sum()
         found = torch.autograd.grad(total, list(outputs.values()))
     gradients = {n: g.flatten(2) for n, g in zip(outputs, found, strict=True)}
     return RunGradients(
@@ -151,7 +151,3 @@ def run_gradients(
         gradients=gradients,
         embed=outputs[EMBED].detach(),
     )
-
-
-def _precise(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

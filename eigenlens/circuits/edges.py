@@ -38,8 +38,8 @@ from eigenlens.circuits.cut_graph import (
 from eigenlens.circuits.nodes import EMBED, LOGITS, Directions, Nodes, directions, means_at
 from eigenlens.freezing import FrozenSet
 from eigenlens.matrices import WeightMatrices
-from eigenlens.metrics import Metric, answer_logits
-from eigenlens.scoring.scorer import position_range, position_rows
+from eigenlens.metrics import Metric, answer_logits, precise
+from eigenlens.scoring.scorer import position_counts, position_range, position_rows
 from eigenlens.spectra import Spectra
 from eigenlens.tasks.batches import Batch
 
@@ -156,24 +156,24 @@ def _output_means(
         biases = {m.name: m.bias for m in maps if m.bias is not None}
         return {name: bias.expand(len(positions), -1) for name, bias in biases.items()}
     totals: dict[str, Tensor] = {}
-    count = torch.zeros(len(positions), 1, dtype=torch.float64)
     for batch in batches:
-        rows, mask = position_rows(batch, positions), batch.attention_mask[..., None]
-
-        def add(
-            name: str, value: Tensor, hook: Any, rows: slice = rows, mask: Tensor = mask
-        ) -> None:
-            summed = torch.where(mask, value.flatten(2), 0).double().sum(0)
-            if name not in totals:
-                totals[name] = summed.new_zeros(len(positions), summed.shape[1])
-            totals[name][rows] += summed
-
+        add = partial(_add_output, totals, batch, positions)
         hooks: Hooks = [(EMBED_HOOK, partial(add, EMBED))]
         hooks += [(m.hook_out, partial(add, m.name)) for m in maps]
         with torch.no_grad(), model.hooks(fwd_hooks=hooks):
             answer_logits(model, batch)
-        count[rows] += mask.double().sum(0).cpu()
+    count = position_counts(batches, positions)[:, None]
     return {name: total / count.clamp_min(1).to(total) for name, total in totals.items()}
+
+
+def _add_output(
+    totals: dict[str, Tensor], batch: Batch, positions: range, name: str, value: Tensor, hook: Any
+) -> None:
+    """Hook that adds a map's output to its sum per position."""
+    summed = torch.where(batch.attention_mask[..., None], value.flatten(2), 0).double().sum(0)
+    if name not in totals:
+        totals[name] = summed.new_zeros(len(positions), summed.shape[1])
+    totals[name].index_add_(0, position_rows(batch, positions), summed)
 
 
 def _add_batch(run: _Run, batch: Batch) -> None:
@@ -235,8 +235,7 @@ def _targets(
         x = graph.inputs[matrix.name]
         g = real.gradients[matrix.name] @ matrix.flat_weight.T
         yield x, g.to(x).view_as(x)
-    logits = graph.logits if graph.logits.dtype == torch.float64 else graph.logits.float()
-    yield run.metric(logits, batch).sum(), None
+    yield run.metric(precise(graph.logits), batch).sum(), None
 
 
 def _effects(
@@ -263,8 +262,8 @@ def _record(run: _Run, batch: Batch, place: int, effects: Tensor) -> None:
     example = effects.sum(1)
     sums.total[place] += example.sum(0).cpu().numpy()
     sums.square[place] += example.square().sum(0).cpu().numpy()
-    rows = position_rows(batch, sums.positions)
-    sums.by_position[place, :, rows] += effects.sum(0).T.cpu().numpy()
+    rows = position_rows(batch, sums.positions).cpu().numpy()
+    sums.by_position[place][:, rows] += effects.sum(0).T.cpu().numpy()
 
 
 def _direct_gradients(

@@ -30,7 +30,7 @@ from eigenlens.circuits.nodes import (
 )
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.matrices import WeightMatrices, weight_matrices
-from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode
+from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.scoring.scores import Scores
 from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks.batches import Batch, make_batches
@@ -163,8 +163,7 @@ class _Cutter:
             return self._value(answer_logits(self.model, batch), batch)
 
     def _value(self, logits: Tensor, batch: Batch) -> float:
-        precise = logits if logits.dtype == torch.float64 else logits.float()
-        return float(self.metric(precise, batch).double().sum())
+        return float(self.metric(precise(logits), batch).double().sum())
 
 
 @dataclass

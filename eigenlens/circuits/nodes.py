@@ -172,6 +172,8 @@ def means_at(known: FrozenSet, positions: range) -> Float[Tensor, "pos component
     As in freezing: a position that calibration never saw has the mean over positions.
     """
     rows = np.array(positions) - known.positions.start
+    if known.bucketed:  # the first column is for all positions before it, too
+        rows = rows.clip(min=0)
     inside = (rows >= 0) & (rows < len(known.positions))
     rows = np.where(inside, rows, 0)
     seen = inside & (known.count[rows] > 0)

@@ -11,7 +11,8 @@ per position, :class:`CrossMoments` ``Σ g`` per position and ``Σ x gᵀ``, and
 once at the end. What depends on single examples (standard errors, worst cases) needs the means
 first and is summed by :class:`EffectMoments`.
 
-Positions are rows of these sums; they are counted from the end of the prompt.
+Positions are rows of these sums; they are counted from the end of the prompt. Several columns of a
+batch may share a row.
 Sums of two shards add: that is the whole of data-parallel scoring.
 """
 
@@ -52,9 +53,9 @@ class InputMeans(_Sums):
         """Empty sums for ``n_pos`` positions."""
         return cls(spectrum.u.new_zeros(n_pos, spectrum.matrix.flat_weight.shape[0]))
 
-    def update(self, rows: slice, x: Float[Tensor, "batch pos all_in"]) -> None:
-        """Add a batch whose columns are the positions ``rows``; padding must be zero."""
-        self.total[rows] += x.sum(0)
+    def update(self, rows: Int[Tensor, " column"], x: Float[Tensor, "batch column all_in"]) -> None:
+        """Add a batch whose columns belong to ``rows``; padding must be zero."""
+        self.total.index_add_(0, rows, x.sum(0))
 
     def means(self, count: Int[Tensor, " pos"]) -> Float[Tensor, "pos all_in"]:
         """Mean input per position; zero where a position was never seen."""
@@ -81,12 +82,12 @@ class CrossMoments(_Sums):
 
     def update(
         self,
-        rows: slice,
-        x: Float[Tensor, "batch pos all_in"],
-        g: Float[Tensor, "batch pos all_out"],
+        rows: Int[Tensor, " column"],
+        x: Float[Tensor, "batch column all_in"],
+        g: Float[Tensor, "batch column all_out"],
     ) -> None:
-        """Add a batch whose columns are the positions ``rows``; padding must be zero."""
-        self.g[rows] += g.sum(0)
+        """Add a batch whose columns belong to ``rows``; padding must be zero."""
+        self.g.index_add_(0, rows, g.sum(0))
         self.xg.addmm_(rearrange(x, "b p d -> d (b p)"), rearrange(g, "b p d -> (b p) d"))
 
     def effects(
@@ -116,12 +117,14 @@ class EffectMoments(_Sums):
     Attributes:
         total: ``Σ_b e_b``, nats.
         square: ``Σ_b e_b²``.
+        position_square: ``Σ_bt e_bt²`` of the effects at single positions.
         margin: ``Σ_b`` of the :func:`margin_effect` of each example, nats.
         worst: largest ``(ā_t − a_bt) g_bt`` over examples and the positions that vary.
     """
 
     total: Float[Tensor, "head rank"]
     square: Float[Tensor, "head rank"]
+    position_square: Float[Tensor, "head rank"]
     margin: Float[Tensor, "head rank"]
     worst: Float[Tensor, "head rank"]
 
@@ -130,7 +133,7 @@ class EffectMoments(_Sums):
         """Empty sums."""
         zero = torch.zeros_like(spectrum.sigma)
         margin = zero.to(torch.float64, copy=True)
-        return cls(zero, zero.clone(), margin, torch.full_like(zero, -torch.inf))
+        return cls(zero, zero.clone(), zero.clone(), margin, torch.full_like(zero, -torch.inf))
 
     def update(
         self,
@@ -142,6 +145,7 @@ class EffectMoments(_Sums):
         example = reduce(effect, "batch pos head rank -> batch head rank", "sum")
         self.total += example.sum(0)
         self.square += example.square().sum(0)
+        self.position_square += effect.square().sum((0, 1))
         self.margin += margin_effect(example, loss).sum(0)
         candidates = effect[varies]
         if len(candidates):

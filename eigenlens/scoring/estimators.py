@@ -12,6 +12,9 @@ of either sign, where the derivative misleads most. It applies to log-likelihood
 and only near a minimum of the loss: where an answer is wrong, its gradient is large and the loss is
 straight, and the squared effect is no curvature.
 
+``position_fisher`` squares the effects of single positions, ``½ mean_b Σ_t e_bt²``: the Fisher
+information of positions that are taken for independent. Same passes.
+
 ``margin`` (:func:`eigenlens.scoring.accumulators.margin_effect`) lets freezing move the log-odds of
 each answer linearly and takes the exact log-loss of that. Same passes as ``fisher``.
 """
@@ -30,3 +33,8 @@ def fisher(components: pd.DataFrame, n_examples: int) -> np.ndarray:
     mean, std = components["effect"], components["std"]
     mean_square = mean**2 + std**2 * (n_examples - 1) / n_examples
     return (mean + mean_square / 2).to_numpy()
+
+
+def position_fisher(components: pd.DataFrame) -> np.ndarray:
+    """``mean_b e_b + ½ mean_b Σ_t e_bt²``; NaN where single effects were not computed."""
+    return (components["effect"] + components["position_square"] / 2).to_numpy()

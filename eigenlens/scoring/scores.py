@@ -9,15 +9,15 @@ import pandas as pd
 
 from eigenlens.files import FileFormatError, load_table, save_table
 from eigenlens.provenance import Provenance
-from eigenlens.scoring.estimators import first_order, fisher
+from eigenlens.scoring.estimators import first_order, fisher, position_fisher
 from eigenlens.spectra import Spectra
 
-Criterion = Literal["mean", "max", "ucb", "fisher", "margin"]
+Criterion = Literal["mean", "max", "ucb", "fisher", "position_fisher", "margin"]
 Reference = Literal["mean", "zero", "resample"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 REFERENCES: tuple[str, ...] = get_args(Reference)
 COMPONENT = ["layer", "matrix", "head", "index"]
-STATISTICS = ["effect", "margin", "std", "worst"]
+STATISTICS = ["effect", "margin", "std", "position_square", "worst", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,23 @@ class Scores:
 
     Attributes:
         components: one row per component: ``layer, matrix, head, index, sigma``, and the mean
-            ``effect``, the mean ``margin`` effect, the ``std`` over examples and the ``worst``
-            single effect, in nats (the last three are NaN unless a criterion or standard errors
-            asked for them).
+            ``effect``, the mean ``margin`` effect, the ``std`` over examples, the mean
+            ``position_square`` (squared effects of single positions, summed), the ``worst`` single
+            effect and an ``estimate`` made elsewhere, in nats (all but the first are NaN unless
+            they were asked for).
         mean_activation: mean projected activation per component and position, ``[component,
             position]``: the value that freezing puts in place of the activation.
         positions: the positions of its columns, counted from the end of the prompt.
-        count: how many examples had a token at each position.
+        count: how many tokens were seen at each position.
         criterion: what ``delta_loss`` is: ``mean`` effect, ``max`` (worst single effect),
-            ``ucb`` (mean + z · std), ``fisher`` (mean + ½ mean square), or ``margin`` (the mean
-            change of the loss if log-odds move linearly).
+            ``ucb`` (mean + z · std), ``fisher`` (mean + ½ mean square), ``position_fisher`` (the
+            same with squares of single positions), ``margin`` (the mean change of the loss if
+            log-odds move linearly), or the name of the estimate (:mod:`eigenlens.estimators`).
         reference: the value that freezing puts in place: per-position mean, zero, or resample.
         n_examples: examples scored.
         provenance: model, task, seed and versions.
         z: standard deviations that ``ucb`` adds.
+        bucketed: whether the first position stands for all earlier ones, too.
         spectra: the decomposition that was scored (not saved).
     """
 
@@ -52,10 +55,16 @@ class Scores:
     n_examples: int
     provenance: Provenance
     z: float = 1.0
+    bucketed: bool = False
     spectra: Spectra | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.components)
+
+    @property
+    def n_positions(self) -> int | None:
+        """How many of the last prompt positions have a mean of their own; ``None``: all."""
+        return -self.positions.start - 1 if self.bucketed else None
 
     @property
     def delta_loss(self) -> np.ndarray:
@@ -63,8 +72,12 @@ class Scores:
         c = self.components
         if self.criterion == "fisher":
             return fisher(c, self.n_examples)
+        if self.criterion == "position_fisher":
+            return position_fisher(c)
         if self.criterion == "margin":
             return c["margin"].to_numpy()
+        if self.criterion not in CRITERIA:
+            return c["estimate"].to_numpy()
         if self.criterion == "ucb":
             return first_order(c) + self.z * c["std"].to_numpy()
         return c["worst"].to_numpy() if self.criterion == "max" else first_order(c)
@@ -73,6 +86,19 @@ class Scores:
     def stderr(self) -> np.ndarray:
         """Standard error of the mean effect over examples, in nats; NaN unless asked for."""
         return (self.components["std"] / np.sqrt(self.n_examples)).to_numpy()
+
+    def require_spectra(self) -> Spectra:
+        """The decomposition that was scored.
+
+        Raises:
+            ValueError: these scores were read from a file, which holds no directions.
+        """
+        if self.spectra is None:
+            raise ValueError(
+                "These scores were loaded without directions: add them with "
+                "dataclasses.replace(scores, spectra=eigenlens.decompose(model, …))."
+            )
+        return self.spectra
 
     def with_criterion(self, criterion: Criterion | str, z: float | None = None) -> "Scores":
         """The same scores ranked by another criterion.
@@ -114,6 +140,7 @@ class Scores:
             "reference": self.reference,
             "n_examples": self.n_examples,
             "z": self.z,
+            "bucketed": self.bucketed,
             "provenance": self.provenance.model_dump(),
         }
         save_table(path, "scores", table, metadata)
@@ -141,4 +168,5 @@ class Scores:
             n_examples=metadata["n_examples"],
             provenance=Provenance(**metadata["provenance"]),
             z=metadata["z"],
+            bucketed=metadata.get("bucketed", False),
         )

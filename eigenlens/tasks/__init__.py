@@ -3,5 +3,14 @@
 from eigenlens.tasks.batches import Batch, make_batches
 from eigenlens.tasks.registry import TASKS, load_task
 from eigenlens.tasks.task import Task, UnknownTaskError
+from eigenlens.tasks.text import text_examples
 
-__all__ = ["TASKS", "Batch", "Task", "UnknownTaskError", "load_task", "make_batches"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "Task",
+    "UnknownTaskError",
+    "load_task",
+    "make_batches",
+    "text_examples",
+]

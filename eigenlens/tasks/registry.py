@@ -8,12 +8,22 @@ from transformers import PreTrainedTokenizerBase
 
 from eigenlens.tasks.arithmetic import ambiguous, int_add, int_mult
 from eigenlens.tasks.batches import tokenise
+from eigenlens.tasks.ioi import ioi
+from eigenlens.tasks.jsonl import jsonl
+from eigenlens.tasks.superglue import cb, copa, rte
 from eigenlens.tasks.task import Task, UnknownTaskError
+from eigenlens.tasks.text import wikitext
 
 TASKS: dict[str, Callable[..., Task]] = {
     "int_add": int_add,
     "int_mult": int_mult,
     "ambiguous": ambiguous,
+    "cb": cb,
+    "copa": copa,
+    "rte": rte,
+    "ioi": ioi,
+    "jsonl": jsonl,
+    "wikitext": wikitext,
 }
 
 
@@ -29,8 +39,9 @@ def load_task(
 
     Raises:
         UnknownTaskError: no such task.
-        ValueError: an argument that the task does not take or allow, or an answer that
-            tokenises to nothing.
+        ValueError: an argument that the task does not take or allow, a malformed row of a data
+            file, or an answer that tokenises to nothing.
+        FileNotFoundError: a data file is neither in the folder that was named nor on the Hub.
     """
     if name not in TASKS:
         raise UnknownTaskError(f"Unknown task {name!r}; choose from {', '.join(sorted(TASKS))}.")

@@ -1,0 +1,45 @@
+"""Baselines: other ways to change a model's answers, one interface, same data, measured cost."""
+
+from eigenlens.baselines.adapters import Ia3, Lora, Pissa
+from eigenlens.baselines.baseline import Baseline, FitResult, Search
+from eigenlens.baselines.bias import LastLayerBias
+from eigenlens.baselines.calibration import AveragedCalibration, LearnedCalibration
+from eigenlens.baselines.edits import Edit, FrozenEdit, NoEdit, load_edit, measure
+from eigenlens.baselines.freezing_parts import FreezingPart
+from eigenlens.baselines.laser import GradientLaser, Laser
+from eigenlens.baselines.prompting import FewShot, ZeroShot
+from eigenlens.baselines.random_basis import RandomBasis
+from eigenlens.baselines.random_components import RandomComponents
+from eigenlens.baselines.ranked import Magnitude, OneShot, OppositeSign, ShuffledLabels
+from eigenlens.baselines.registry import standard_baselines
+from eigenlens.baselines.svf import Svf
+
+__all__ = [
+    "AveragedCalibration",
+    "Baseline",
+    "Edit",
+    "FewShot",
+    "FitResult",
+    "FreezingPart",
+    "FrozenEdit",
+    "GradientLaser",
+    "Ia3",
+    "Laser",
+    "LastLayerBias",
+    "LearnedCalibration",
+    "Lora",
+    "Magnitude",
+    "NoEdit",
+    "OneShot",
+    "OppositeSign",
+    "Pissa",
+    "RandomBasis",
+    "RandomComponents",
+    "Search",
+    "ShuffledLabels",
+    "Svf",
+    "ZeroShot",
+    "load_edit",
+    "measure",
+    "standard_baselines",
+]

@@ -1,0 +1,121 @@
+"""The interface of all baselines, and the choice that they share.
+
+A baseline may learn from ``task.train`` and chooses among its hyper-parameters on
+``task.validation``: highest exact-match accuracy, then lowest loss. The test split is not looked
+at. How many candidates were measured on validation is the length of the trace.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.baselines.edits import Edit, measure, saved_bytes
+from eigenlens.costs import Cost, measured
+from eigenlens.evaluation import Evaluation
+from eigenlens.metrics import check_eval_mode
+from eigenlens.search import better
+from eigenlens.spectra import Spectra
+from eigenlens.tasks import Task
+
+
+@dataclass
+class Search:
+    """One search for an edit: what it may use, and the best on validation so far.
+
+    Attributes:
+        model: in eval mode, unedited.
+        spectra: its decomposition, made beforehand: no method pays for it.
+        task: the search uses ``train`` and ``validation`` only.
+        seed: of everything drawn at random.
+        batch_size: examples per pass.
+    """
+
+    model: TransformerBridge
+    spectra: Spectra
+    task: Task
+    seed: int = 0
+    batch_size: int = 50
+    best: tuple[Edit, Evaluation] | None = None
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+    def consider(self, edit: Edit, **settings: Any) -> Evaluation:
+        """Measure ``edit`` on validation, record it under its settings, and keep the better."""
+        found = measure(self.model, self.task.validation, edit, batch_size=self.batch_size)
+        self.trace.append({**settings, "accuracy": found.accuracy, "loss": found.loss})
+        if self.best is None or better(found, self.best[1]):
+            self.best = (edit, found)
+        return found
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a baseline found.
+
+    Attributes:
+        name: of the baseline.
+        edit: the best on validation.
+        validation: how it did there.
+        trace: one row per candidate: its settings, validation ``accuracy`` and ``loss``.
+        cost: of the whole search, validation included.
+    """
+
+    name: str
+    edit: Edit
+    validation: Evaluation
+    trace: pd.DataFrame
+    cost: Cost
+
+    def _repr_html_(self) -> str:
+        note = (
+            f"{self.name}: {self.validation.accuracy:.1%} on validation, {len(self.trace)} "
+            f"candidates, {self.cost.seconds:.1f} s"
+        )
+        return f"<p>{note}</p>{self.trace.to_html(index=False)}"
+
+
+class Baseline(ABC):
+    """A method that finds an edit."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As it stands in tables."""
+
+    @abstractmethod
+    def find(self, search: Search) -> None:
+        """Hand every candidate to ``search.consider``."""
+
+    def fit(
+        self,
+        model: TransformerBridge,
+        spectra: Spectra,
+        task: Task,
+        *,
+        seed: int = 0,
+        batch_size: int = 50,
+    ) -> FitResult:
+        """Search for an edit, choose it on validation, and measure what that cost.
+
+        Args:
+            model: in eval mode; it is left as it was.
+            spectra: its decomposition.
+            task: its train and validation splits are used.
+            seed: of everything drawn at random.
+            batch_size: examples per pass and per training step.
+
+        Raises:
+            ValueError: a model in training mode, or what the baseline cannot do with this task.
+        """
+        check_eval_mode(model)
+        search = Search(model, spectra, task, seed, batch_size)
+        with measured(model) as cost:
+            self.find(search)
+        if search.best is None:
+            raise ValueError(f"{self.name} has nothing to try: its grid is empty.")
+        edit, validation = search.best
+        cost.parameters_changed = edit.parameters_changed
+        cost.saved_bytes = saved_bytes(edit)
+        return FitResult(self.name, edit, validation, pd.DataFrame(search.trace), cost)

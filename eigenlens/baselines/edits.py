@@ -1,0 +1,203 @@
+"""Edits: what a method does to a model, or to its prompts, and undoes exactly.
+
+One function, :func:`measure`, evaluates them all: it applies the edit, hands the edit's version of
+the prompts to :func:`eigenlens.evaluation.evaluate`, and takes the edit back.
+"""
+
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.evaluation import Evaluation, evaluate
+from eigenlens.files import load_tensors, save_tensors
+from eigenlens.freezing import Freeze, FrozenSet
+from eigenlens.provenance import text_hash
+
+_KIND = "edit"
+
+
+class Edit(ABC):
+    """Something that changes a model's answers and can be taken back."""
+
+    @property
+    @abstractmethod
+    def parameters_changed(self) -> int:
+        """Numbers that the edit sets, in the form in which the method chooses them."""
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file."""
+
+    @contextmanager
+    def applied(self, model: TransformerBridge) -> Iterator[None]:
+        """Edit ``model`` inside the block; afterwards it is as it was, bit for bit."""
+        yield
+
+    def transform(self, data: Dataset) -> Dataset:
+        """The prompts as this edit puts them, in the same order."""
+        return data
+
+
+@dataclass(frozen=True)
+class StoredEdit(Edit):
+    """An edit that named tensors and settings determine.
+
+    Attributes:
+        tensors: its numbers by name.
+        settings: what JSON can hold.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    _forms: ClassVar[dict[str, type["StoredEdit"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        StoredEdit._forms[cls.__name__] = cls
+
+    @property
+    def parameters_changed(self) -> int:
+        """All numbers that the edit holds."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file."""
+        metadata = {"form": type(self).__name__, "settings": dict(self.settings)}
+        save_tensors(path, _KIND, dict(self.tensors), metadata)
+
+
+def load_edit(path: str | os.PathLike[str]) -> StoredEdit:
+    """Read back what :meth:`StoredEdit.save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: the file is truncated, foreign, or another kind of result.
+    """
+    tensors, metadata = load_tensors(path, _KIND)
+    return StoredEdit._forms[metadata["form"]](tensors, metadata["settings"])
+
+
+class NoEdit(StoredEdit):
+    """The model as it is, the prompts as they are."""
+
+
+class BiasEdit(StoredEdit):
+    """Adds a vector at one hook, the same at every position.
+
+    ``tensors["bias"]`` is ``[width]``; ``settings["hook"]`` names the hook.
+    """
+
+    @contextmanager
+    def applied(self, model: TransformerBridge) -> Iterator[None]:
+        """Add the vector inside the block."""
+        with adding(model, self.settings["hook"], self.tensors["bias"]):
+            yield
+
+
+@contextmanager
+def adding(model: TransformerBridge, hook: str, bias: Float[Tensor, " width"]) -> Iterator[None]:
+    """Add ``bias`` to the activations at ``hook`` inside the block, differentiably."""
+
+    def add(value: Tensor, hook: object) -> Tensor:
+        return value + bias.to(value)
+
+    with model.hooks(fwd_hooks=[(hook, add)]):
+        yield
+
+
+class WeightEdit(StoredEdit):
+    """Puts other values in place of weights and biases."""
+
+    @abstractmethod
+    def changes(self, model: TransformerBridge) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights and biases of ``model``, or views of them, with the values that they get."""
+
+    @contextmanager
+    def applied(self, model: TransformerBridge) -> Iterator[None]:
+        """Set the new values inside the block, and the kept ones afterwards."""
+        with ExitStack() as undo, torch.no_grad():
+            for weight, value in self.changes(model):
+                undo.callback(partial(_set, weight, weight.detach().clone()))
+                _set(weight, value)
+            yield
+
+
+def _set(weight: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(value)
+
+
+@dataclass(frozen=True)
+class FrozenEdit(Edit):
+    """Components frozen as :func:`eigenlens.freeze` does, or a control of it.
+
+    Attributes:
+        frozen: the components.
+        bias_only: keep the weights and add only the bias of the frozen components.
+        control: what sets this edit apart from an ordinary frozen set; it is written into the
+            file, which then is no ``FrozenSet`` file.
+    """
+
+    frozen: FrozenSet
+    bias_only: bool = False
+    control: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters_changed(self) -> int:
+        """A strength per component and its mean at each position, the fallback among them."""
+        return len(self.frozen) * (2 + len(self.frozen.positions))
+
+    @contextmanager
+    def applied(self, model: TransformerBridge) -> Iterator[None]:
+        """Put the hooks on inside the block."""
+        self.frozen.check_model(model)
+        with Freeze(model, self.frozen, bias_only=self.bias_only):
+            yield
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file."""
+        self.frozen.save(path)
+        if self.control:
+            tensors, metadata = load_tensors(path, "frozen set")
+            save_tensors(path, "control", tensors, {**metadata, "control": dict(self.control)})
+
+
+def saved_bytes(edit: Edit) -> int:
+    """Size of the file that ``edit`` is saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "edit.safetensors"
+        edit.save(path)
+        return path.stat().st_size
+
+
+def measure(
+    model: TransformerBridge, data: Dataset, edit: Edit, *, batch_size: int = 50
+) -> Evaluation:
+    """Loss and accuracy of ``model`` on ``data`` under ``edit``.
+
+    The result lists the prompts of ``data``, not those that the edit made of them, so that it can
+    be compared with others example by example.
+
+    Raises:
+        ValueError: what :func:`eigenlens.evaluation.evaluate` raises.
+    """
+    with edit.applied(model):
+        found = evaluate(model, edit.transform(data), batch_size=batch_size)
+    source = {"task_hash": text_hash(data.to_list())}
+    return replace(
+        found,
+        examples=found.examples.assign(prompt=list(data["prompt"])),
+        provenance=found.provenance.model_copy(update=source),
+    )

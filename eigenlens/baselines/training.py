@@ -1,0 +1,122 @@
+"""The one training loop: Adam on minibatches, stopped early on validation.
+
+The loss is the mean negative log-likelihood of the answers (:func:`eigenlens.metrics.answer_loss`),
+that of scoring and evaluation. After each epoch the edit as it stands is a candidate like any
+other, so that the epoch is chosen on validation together with the other hyper-parameters.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.baselines.baseline import Baseline, Search
+from eigenlens.baselines.edits import Edit
+from eigenlens.matrices import WeightMatrix
+from eigenlens.metrics import answer_logits, answer_loss
+from eigenlens.search import better
+from eigenlens.tasks.batches import Batch, make_batches
+
+
+class Trainable(ABC):
+    """Numbers that a model can run with, and that gradients reach."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> Sequence[Tensor]:
+        """What is trained."""
+
+    @abstractmethod
+    def live(self, model: TransformerBridge) -> AbstractContextManager[None]:
+        """Let ``model`` run with these numbers inside the block, differentiably."""
+
+    @abstractmethod
+    def edit(self) -> Edit:
+        """The edit that they are now, apart from what further training does to them."""
+
+
+@dataclass(frozen=True)
+class Trained(Baseline):
+    """A baseline whose edit is trained.
+
+    Attributes:
+        learning_rates: of Adam; chosen on validation.
+        epochs: passes over the train split, at most.
+        patience: epochs without a better validation result after which a run stops.
+    """
+
+    learning_rates: tuple[float, ...] = (1e-3, 1e-2)
+    epochs: int = 20
+    patience: int = 3
+
+    @abstractmethod
+    def trainables(self, search: Search) -> Iterable[tuple[dict[str, Any], Trainable]]:
+        """Fresh numbers for each setting of the other hyper-parameters."""
+
+    def find(self, search: Search) -> None:
+        """One run per learning rate and setting, one candidate per epoch."""
+        for lr in self.learning_rates:
+            for settings, trainable in self.trainables(search):
+                self._train(search, trainable, {**settings, "lr": lr})
+
+    def _train(self, search: Search, trainable: Trainable, settings: dict[str, Any]) -> None:
+        adam = torch.optim.Adam(trainable.parameters, lr=settings["lr"])
+        generator = torch.Generator().manual_seed(search.seed)
+        best, waited = None, 0
+        for epoch in range(1, self.epochs + 1):
+            batches = shuffled_batches(search.task.train, search, generator)
+            with trainable.live(search.model):
+                loss = train_epoch(search.model, batches, adam)
+            edit = trainable.edit()
+            found = search.consider(edit, **settings, epoch=epoch, train_loss=loss)
+            if best is None or better(found, best):
+                best, waited = found, 0
+            else:
+                waited += 1
+            if waited == self.patience:
+                return
+
+
+def shuffled_batches(data: Dataset, search: Search, generator: torch.Generator) -> list[Batch]:
+    """Minibatches of examples of similar length in random order.
+
+    Prompts of equal length are mixed anew; what differs in length stays apart, so that little is
+    padded.
+    """
+    rows = torch.randperm(len(data), generator=generator).tolist()
+    batches = make_batches(data.select(rows), search.model, search.batch_size)
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return [batches[i] for i in order]
+
+
+def train_epoch(
+    model: TransformerBridge, batches: Sequence[Batch], optimiser: torch.optim.Optimizer
+) -> float:
+    """One step per batch; returns the mean loss of an example before its step, in nats."""
+    total, n = 0.0, 0
+    for batch in batches:
+        with torch.enable_grad():
+            logits = answer_logits(model, batch)
+            loss = answer_loss(logits if logits.dtype == torch.float64 else logits.float(), batch)
+            optimiser.zero_grad()
+            loss.mean().backward()
+        optimiser.step()
+        total, n = total + float(loss.detach().sum()), n + len(batch)
+    return total / n
+
+
+@contextmanager
+def replaced(model: TransformerBridge, modules: Mapping[WeightMatrix, nn.Module]) -> Iterator[None]:
+    """Run other modules in place of linear maps inside the block."""
+    with ExitStack() as undo:
+        for matrix, module in modules.items():
+            slots = model.get_submodule(matrix.hook_in.removesuffix(".hook_in"))._modules
+            undo.callback(slots.__setitem__, "_original_component", matrix.module)
+            slots["_original_component"] = module
+        yield

@@ -1,0 +1,285 @@
+"""What each search reaches at the same number of passes, and what the best one reaches in all.
+
+The budget is counted in passes over the training examples, a backward pass as two forward passes.
+Everything is chosen on validation data; accuracies are of test examples that nothing else saw.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
+from eigenlens.experiments.result import ExperimentResult, Parts, part_key, share
+from eigenlens.freezing import freeze
+from eigenlens.models import load_model
+from eigenlens.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, TEMPLATE, VERMILION
+from eigenlens.scoring import Scores, score
+from eigenlens.search import SearchResult, guarded, iterative, learned, one_shot
+from eigenlens.spectra import Spectra, decompose
+from eigenlens.tasks import Task, load_task
+
+METHODS = ("one-shot", "iterative", "guarded", "learned, frozen", "learned, attenuated")
+_COLOURS = {
+    "before": GREY,
+    "one-shot": BLUE,
+    "iterative": GREEN,
+    "guarded": ORANGE,
+    "learned, frozen": VERMILION,
+    "learned, attenuated": PINK,
+}
+_QUICK = ("one-shot", "learned, frozen", "learned, attenuated")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One task on one model: the seeds of its splits, and the methods to run."""
+
+    model: str
+    label: str
+    task: str
+    arguments: dict[str, Any]
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...]
+
+
+_SIZES = {"n_train": 300, "n_validation": 50, "n_test": 50}
+_TENS = {"low": 10, "high": 30, **_SIZES}
+SETTINGS = (
+    Setting("arith-tiny", "? as product", "ambiguous", {"reading": "product"}, (0, 1, 2), METHODS),
+    Setting("arith-tiny", "? as sum", "ambiguous", {"reading": "sum"}, (0, 1, 2), METHODS),
+    Setting("smollm2-135m", "a + b, 10 … 29", "int_add", _TENS, (0,), METHODS),
+    Setting("smollm2-135m", "a + b, 10 … 29", "int_add", _TENS, (1, 2), _QUICK),
+    Setting(
+        "smollm2-135m",
+        "a x b, 0 … 19",
+        "int_mult",
+        {"low": 0, "high": 20, **_SIZES},
+        (0,),
+        _QUICK,
+    ),
+    Setting(
+        "smollm2-135m",
+        "a + b, 0 … 9",
+        "int_add",
+        {"low": 0, "high": 10, "n_train": 50, "n_validation": 25, "n_test": 25},
+        (0,),
+        _QUICK,
+    ),
+)
+
+
+def run(
+    models: tuple[str, ...] = ("arith-tiny", "smollm2-135m"),
+    parts: Path | None = None,
+) -> ExperimentResult:
+    """Run the experiment; about 35 minutes on two cores.
+
+    Args:
+        models: of :data:`SETTINGS`.
+        parts: folder that keeps finished parts.
+    """
+    kept = Parts(parts)
+    rows: list[dict[str, Any]] = []
+    for name in models:
+        lazy = _Lazy(name)
+        for setting in (s for s in SETTINGS if s.model == name):
+            for seed in setting.seeds:
+                for method in ("before", *setting.methods):
+                    key = part_key(setting.model, setting.task, setting.arguments, seed, method)
+                    rows += kept.do(key, partial(_measure, lazy, setting, seed, method))
+    table = pd.DataFrame(rows).drop_duplicates(["label", "seed", "method", "step"])
+    return ExperimentResult(
+        name="searches",
+        table=table,
+        summary=_summary(table),
+        figure=_figure(table),
+        settings={"models": ", ".join(models)},
+        text=(
+            "Test accuracy with Wilson 95 % intervals, added up over the seeds (each is another "
+            "split into train, validation and test). Passes are forward passes over the training "
+            "examples, a backward pass counting as two. `one-shot`, `iterative` and `guarded` "
+            "rank by `margin`. All budgets and stopping points were chosen on validation. Minutes "
+            "are of the search on 2 cores, scoring included, decomposition not."
+        ),
+    )
+
+
+class _Lazy:
+    """A model and what is derived from it, made when first needed."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._model: TransformerBridge | None = None
+        self._spectra: Spectra | None = None
+
+    @property
+    def model(self) -> TransformerBridge:
+        if self._model is None:
+            self._model = load_model(self._name, device="cpu")
+        return self._model
+
+    def scores(self, task: Task) -> tuple[Scores, float]:
+        """Margin scores on the training examples, and the seconds that they took."""
+        if self._spectra is None:
+            self._spectra = decompose(self.model, progress=False)
+        start = time.perf_counter()
+        made = score(self.model, self._spectra, task.train, criterion="margin", progress=False)
+        return made, time.perf_counter() - start
+
+
+def _measure(lazy: _Lazy, setting: Setting, seed: int, method: str) -> list[dict[str, Any]]:
+    """The trace of a search; its last row holds what the chosen step does on test."""
+    model = lazy.model
+    task = load_task(setting.task, model.tokenizer, **setting.arguments, seed=seed)
+    common = {"model": setting.model, "label": setting.label, "seed": seed, "method": method}
+    if method == "before":
+        found = evaluate(model, task.test)
+        return [{**common, "step": -1, "components": 0, "share": 0.0, **_test(found)}]
+    base, seconds = lazy.scores(task)
+    start = time.perf_counter()
+    result = _SEARCHES[method](model, base, task)
+    seconds += time.perf_counter() - start
+    with freeze(model, result.frozen):
+        found = evaluate(model, task.test)
+    plain = result.trace.astype(object).where(result.trace.notna(), None)
+    trace: list[dict[str, Any]] = [
+        {str(k): v for k, v in row.items()} for row in plain.to_dict("records")
+    ]
+    last = {
+        "step": -1,
+        "components": len(result.frozen),
+        "share": result.frozen.fraction,
+        "mean_strength": float(result.frozen.components["strength"].mean()),
+        "passes": _passes(method, result, len(task.train)),
+        "seconds": seconds,
+        **_test(found),
+    }
+    return [{**common, **row} for row in [*trace, last]]
+
+
+def _test(found: Evaluation) -> dict[str, Any]:
+    right = int(found.examples["correct"].sum())
+    return {"test_right": right, "test_n": found.n, "test_loss": found.loss}
+
+
+_ONE_PASS = 4  # forward for the means, forward, backward as two
+_STEPS = 23  # as many passes as learned takes
+_SHARE = 0.002  # of the components in a step: three of arith-tiny's, 196 of SmolLM2's
+_MINIBATCH = 50
+_SEARCHES: dict[str, Callable[[TransformerBridge, Scores, Task], SearchResult]] = {
+    "one-shot": lambda model, base, task: one_shot(model, base, task.validation),
+    "iterative": lambda model, base, task: iterative(
+        model, base, task.train, task.validation, step=_SHARE, steps=_STEPS, progress=False
+    ),
+    "guarded": lambda model, base, task: guarded(
+        model, base, task.train, task.validation, step=_SHARE, steps=_STEPS, progress=False
+    ),
+    "learned, frozen": lambda model, base, task: learned(
+        model, base, task.train, task.validation, batch_size=_MINIBATCH, progress=False
+    ),
+    "learned, attenuated": lambda model, base, task: learned(
+        model,
+        base,
+        task.train,
+        task.validation,
+        attenuate=True,
+        batch_size=_MINIBATCH,
+        progress=False,
+    ),
+}
+
+
+def _passes(method: str, result: SearchResult, n_train: int) -> float:
+    """Forward passes over the training examples that the search took, scoring included."""
+    steps = int(result.trace["step"].iloc[-1])
+    if method == "one-shot":
+        return _ONE_PASS
+    if method == "iterative":
+        return _ONE_PASS * steps
+    if method == "guarded":
+        return float(0.75 * _ONE_PASS * steps + 0.25 * result.trace["tried"].sum())
+    return _ONE_PASS + 3 * steps * min(_MINIBATCH, n_train) / n_train
+
+
+def _summary(table: pd.DataFrame) -> pd.DataFrame:
+    final = table[table["step"] == -1]
+    rows = []
+    for (model, label, method), part in final.groupby(["model", "label", "method"], sort=False):
+        right, n = int(part["test_right"].sum()), int(part["test_n"].sum())
+        rows.append(
+            {
+                "model": model,
+                "task": label,
+                "method": method,
+                "seeds": len(part),
+                "test accuracy": share(right / n, *wilson_interval(right, n)),
+                "by seed": " / ".join(
+                    f"{r / k:.0%}" for r, k in zip(part["test_right"], part["test_n"], strict=True)
+                ),
+                "loss (nats)": f"{part['test_loss'].mean():.2f}",
+                "components": " / ".join(f"{share:.2%}" for share in part["share"]),
+                "passes": "" if method == "before" else f"{part['passes'].mean():.0f}",
+                "minutes": "" if method == "before" else f"{part['seconds'].mean() / 60:.1f}",
+            }
+        )
+    order = {name: i for i, name in enumerate(("before", *METHODS))}
+    found = pd.DataFrame(rows)
+    labels = {label: i for i, label in enumerate(dict.fromkeys(found["task"]))}
+    return found.sort_values(
+        ["task", "method"], key=lambda c: c.map(labels if c.name == "task" else order)
+    )
+
+
+def _figure(table: pd.DataFrame) -> go.Figure:
+    labels = list(dict.fromkeys(table["label"]))
+    figure = make_subplots(
+        rows=1, cols=len(labels), shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=labels
+    )
+    final = table[table["step"] == -1]
+    for column, label in enumerate(labels, start=1):
+        for method in ("before", *METHODS):
+            part = final[(final["label"] == label) & (final["method"] == method)]
+            if len(part):
+                figure.add_trace(_bar(part, method), row=1, col=column)
+    figure.update_xaxes(showticklabels=False, title_text="method")
+    figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
+    figure.update_yaxes(title_text="test accuracy", col=1)
+    shown: set[str] = set()
+    for trace in figure.data:
+        trace.showlegend = trace.name not in shown
+        shown.add(trace.name)
+    figure.update_layout(
+        template=TEMPLATE,
+        width=900,
+        height=420,
+        legend={"orientation": "h", "y": -0.16, "x": 0.5, "xanchor": "center"},
+        margin={"t": 50, "b": 110},
+    )
+    return figure
+
+
+def _bar(part: pd.DataFrame, method: str) -> go.Bar:
+    right, n = int(part["test_right"].sum()), int(part["test_n"].sum())
+    low, high = wilson_interval(right, n)
+    return go.Bar(
+        x=[method],
+        y=[right / n],
+        error_y={
+            "type": "data",
+            "array": [high - right / n],
+            "arrayminus": [right / n - low],
+            "thickness": 1.2,
+            "width": 3,
+        },
+        marker_color=_COLOURS[method],
+        name=method,
+        legendgroup=method,
+    )

@@ -1,0 +1,34 @@
+"""Searching for what to freeze: one ranking, or rankings under what is frozen already, or gates.
+
+Joint effects are not sums, and a score is a derivative. ``one_shot`` freezes by one ranking,
+``iterative`` scores again after every few components, ``guarded`` accepts a step only if the loss
+on held-out examples falls, and ``learned`` trains a gate per component. Each chooses its budget or
+stopping point on validation data, and returns a :class:`SearchResult` with a trace of every step.
+"""
+
+from collections.abc import Callable
+
+from eigenlens.search.guarded import guarded
+from eigenlens.search.iterative import iterative
+from eigenlens.search.learned import learned
+from eigenlens.search.one_shot import one_shot
+from eigenlens.search.protection import Protection
+from eigenlens.search.result import SearchResult, better
+
+SEARCHES: dict[str, Callable[..., SearchResult]] = {
+    "one_shot": one_shot,
+    "iterative": iterative,
+    "guarded": guarded,
+    "learned": learned,
+}
+
+__all__ = [
+    "SEARCHES",
+    "Protection",
+    "SearchResult",
+    "better",
+    "guarded",
+    "iterative",
+    "learned",
+    "one_shot",
+]

@@ -1,0 +1,300 @@
+"""Train a gate per component, and let it become open or shut.
+
+A gate is ``z = sigmoid(β s)``; the vector s is trained by Adam with the model's weights fixed, and
+β grows from 1 to ``sharpness`` over the steps, which drives every gate to 0 or 1 (continuous
+sparsification, Savarese et al. 2020). A price per open gate keeps the set small, and dropping some
+gates in every step keeps it robust. One step is one forward and one backward pass of a minibatch
+(:mod:`eigenlens.gates`).
+
+Source of the idea that a gate's gradient is a component's score: this package; of the relaxation:
+arXiv 1912.04427.
+"""
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.evaluation import Evaluation, evaluate
+from eigenlens.freezing import FrozenSet
+from eigenlens.gates import Gates, faster_products
+from eigenlens.scoring import Scores
+from eigenlens.search.protection import Protection
+from eigenlens.search.result import Checkpoint, SearchResult, best_step, trace_row
+from eigenlens.tasks.batches import Batch, make_batches
+
+_SHARPNESS_FROZEN, _SHARPNESS_ATTENUATED = 100.0, 10.0
+_OFF = 1e-3  # a gate below this is left out: its component is not edited
+_LAST_RATE = 0.1  # the learning rate ends at this share of its start
+
+
+def learned(
+    model: TransformerBridge,
+    base: Scores,
+    train: Dataset,
+    validation: Dataset,
+    *,
+    attenuate: bool = False,
+    steps: int = 180,
+    lr: float = 0.1,
+    sparsity: float = 3.0,
+    dropout: float = 0.2,
+    sharpness: float | None = None,
+    averaging: float = 0.95,
+    start: float = 0.05,
+    every: int = 10,
+    patience: int = 12,
+    protect: Protection | None = None,
+    batch_size: int = 50,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """Train gates on the task, and return the best ones on validation.
+
+    Args:
+        model: in eval mode.
+        base: scores of the unedited model: its components get gates, its means replace.
+        train: examples to train the gates on.
+        validation: examples to choose the stopping point on.
+        attenuate: return the gates as they are (components are attenuated); by default those above
+            ½ are frozen and the others left alone.
+        steps: optimiser steps, one minibatch each.
+        lr: learning rate of s; falls to a tenth along a cosine.
+        sparsity: price of opening all gates, in nats of training loss.
+        dropout: share of the gates that are shut for a step, drawn anew each time. It makes sets
+            that do not hang on single components, and these carry over better to unseen examples.
+        sharpness: β at the end; by default 100, and 10 with ``attenuate``, which needs no decision.
+        averaging: s is averaged over the last steps with this factor (exponentially), which
+            evens out the noise of minibatches; 0 takes s as it is.
+        start: value of every gate at the beginning, in (0, 1).
+        every: steps between two looks at the validation data.
+        patience: looks without improvement after which the search stops.
+        protect: data whose divergence from the unedited model is penalised; only steps within its
+            bound may be chosen.
+        batch_size: examples per minibatch.
+        seed: of the order of examples.
+        checkpoint: file that keeps the state after every look; a killed search goes on from it.
+        progress: show a progress bar with validation loss and accuracy.
+
+    Raises:
+        ValueError: an option out of range; scores without directions; a checkpoint of another
+            search.
+    """
+    _check(steps=steps, every=every, patience=patience, batch_size=batch_size)
+    sharpness = sharpness or (_SHARPNESS_ATTENUATED if attenuate else _SHARPNESS_FROZEN)
+    if not (0 < start < 1 and 0 <= dropout < 1 and 0 <= averaging < 1):
+        raise ValueError(
+            f"start={start}, dropout={dropout} and averaging={averaging} are shares below 1."
+        )
+    if sharpness < 1 or sparsity < 0 or lr <= 0:
+        raise ValueError(
+            f"sharpness={sharpness} must be at least 1, sparsity={sparsity} not be negative "
+            f"and lr={lr} be positive."
+        )
+    options = {
+        "method": "learned",
+        "attenuate": attenuate,
+        "steps": steps,
+        "lr": lr,
+        "sparsity": sparsity,
+        "dropout": dropout,
+        "sharpness": sharpness,
+        "averaging": averaging,
+        "start": start,
+        "every": every,
+        "patience": patience,
+        "bound": protect.bound if protect else None,
+        "weight": protect.weight if protect else None,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    spared = protect.data if protect else {}
+    kept = Checkpoint(
+        checkpoint, base, {"train": train, "validation": validation, **spared}, options
+    )
+    with Gates(model, base) as gates:
+        run = _Training(gates, train, options, protect)
+        search = _Search(model, run, validation, attenuate, protect, batch_size)
+        search.resume(kept.load())
+        bar = tqdm(range(search.done + 1, steps + 1), desc="learned", disable=not progress)
+        for step in bar:
+            loss = run.step(step)
+            if step % every and step != steps:
+                continue
+            found = search.look(step, loss)
+            kept.save(*search.state())
+            bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
+            if search.looks_since_best >= patience:
+                break
+    frozen = gated(base, search.best)
+    name = "learned (attenuated)" if attenuate else "learned (frozen)"
+    table = best_step(search.trace, "within_bound" if protect else None)
+    return SearchResult(name, frozen, table, *([protect.table(frozen)] if protect else []))
+
+
+def gated(base: Scores, gates: Float[Tensor, " component"]) -> FrozenSet:
+    """The components whose gate is open, with their strengths."""
+    strength = gates.detach().double().cpu().numpy()
+    rows = np.flatnonzero(strength > _OFF)
+    return FrozenSet.from_scores(base, rows, strength[rows])
+
+
+class _Training:
+    """The gates under Adam, one minibatch a step."""
+
+    def __init__(
+        self,
+        gates: Gates,
+        train: Dataset,
+        options: dict[str, Any],
+        protect: Protection | None,
+    ) -> None:
+        self.gates = gates
+        self.options = options
+        self._train = train
+        self._protect = protect
+        first = math.log(options["start"] / (1 - options["start"]))
+        self.s = torch.full_like(gates.z, first).requires_grad_()
+        self.mean_s = self.s.detach().clone()
+        self.adam = torch.optim.Adam([self.s], options["lr"])
+
+    def strength(self, step: int) -> Float[Tensor, " component"]:
+        """``sigmoid(β s)`` at a step, of the averaged s."""
+        return torch.sigmoid(self._beta(step) * self.mean_s)
+
+    def _beta(self, step: int) -> float:
+        return float(self.options["sharpness"] ** (step / self.options["steps"]))
+
+    def step(self, step: int) -> float:
+        """One optimiser step; returns the mean loss of its minibatch."""
+        batch = self._minibatch(step)
+        with torch.enable_grad():
+            z = torch.sigmoid(self._beta(step) * self.s) * self._kept(step)
+        self.gates.z = z.detach()
+        with faster_products():
+            losses, slope = self.gates.gradient(batch)
+            slope = slope / len(batch) + self.options["sparsity"] / len(slope)
+            if self._protect is not None:
+                slope = slope + self._protect.slope(self.gates, step)
+        self.s.grad = None
+        z.backward(slope)
+        self.adam.param_groups[0]["lr"] = self.options["lr"] * self._decay(step)
+        self.adam.step()
+        self.mean_s.lerp_(self.s.detach(), 1 - self.options["averaging"])
+        return float(losses.mean())
+
+    def _kept(self, step: int) -> Float[Tensor, " component"]:
+        """Ones, and zeros where a gate is shut for this step."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.options["seed"] + step)
+        kept = torch.rand(len(self.s), generator=generator) >= self.options["dropout"]
+        return kept.to(self.s)
+
+    def _decay(self, step: int) -> float:
+        cosine = (1 + math.cos(math.pi * step / self.options["steps"])) / 2
+        return _LAST_RATE + (1 - _LAST_RATE) * cosine
+
+    def _minibatch(self, step: int) -> Batch:
+        """A function of the step alone, so that a resumed search sees the same examples."""
+        size = min(self.options["batch_size"], len(self._train))
+        per_epoch = len(self._train) // size
+        epoch, part = divmod(step - 1, per_epoch)
+        rng = np.random.default_rng([self.options["seed"], epoch])
+        rows = rng.permutation(len(self._train))[part * size : (part + 1) * size]
+        return make_batches(self._train.select(rows), self.gates.model, size)[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a resumed training needs."""
+        state = self.adam.state[self.s]
+        return {
+            "s": self.s.detach(),
+            "mean_s": self.mean_s,
+            **{name: state[name] for name in _ADAM},
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take up the state that :meth:`tensors` gave."""
+        with torch.no_grad():
+            self.s.copy_(tensors["s"])
+            self.mean_s.copy_(tensors["mean_s"])
+        self.adam.state[self.s] = {name: tensors[name].to(tensors["s"].device) for name in _ADAM}
+
+
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+class _Search:
+    """Looks at validation, and remembers the best gates."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        run: _Training,
+        validation: Dataset,
+        attenuate: bool,
+        protect: Protection | None,
+        batch_size: int,
+    ) -> None:
+        self._model = model
+        self._run = run
+        self._validation = validation
+        self._attenuate = attenuate
+        self._protect = protect
+        self._batch_size = batch_size
+        self.done = 0
+        self.trace: list[dict[str, Any]] = []
+        self.best = torch.zeros_like(run.gates.z)
+        self._best_found: tuple[float, float] = (-1.0, 0.0)
+        self.looks_since_best = 0
+
+    def look(self, step: int, train_loss: float | None) -> Evaluation:
+        """Measure the gates of now on validation."""
+        z = self._run.strength(step) if step else torch.zeros_like(self.best)
+        if not self._attenuate:
+            z = (z > 0.5).to(z)
+        z = torch.where(z > _OFF, z, 0)
+        self._run.gates.set(z)
+        found = evaluate(self._model, self._validation, batch_size=self._batch_size)
+        more: dict[str, Any] = {"train_loss": train_loss, "mean_gate": float(z.mean())}
+        allowed = True
+        if self._protect is not None:
+            divergence = self._protect.measure()
+            allowed = self._protect.holds(divergence)
+            more |= {"divergence": max(divergence.values()), "within_bound": allowed}
+        self.trace.append(trace_row(step, int((z > 0).sum()), found, **more))
+        self.done = step
+        rank = (found.accuracy, -found.loss)
+        self.looks_since_best += 1
+        if rank > self._best_found and (allowed or not step):
+            self.best, self._best_found, self.looks_since_best = z, rank, 0
+        return found
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What goes into a checkpoint."""
+        numbers = {"trace": self.trace, "since": self.looks_since_best, "best": self._best_found}
+        return {**self._run.tensors(), "best": self.best}, numbers
+
+    def resume(self, saved: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+        """Go on from a checkpoint, or look at the unedited model first."""
+        if saved is None:
+            self.look(0, None)
+            return
+        tensors, numbers = saved
+        self._run.restore(tensors)
+        self.best = tensors["best"].to(self.best)
+        self.trace, self.looks_since_best = numbers["trace"], numbers["since"]
+        self._best_found = (numbers["best"][0], numbers["best"][1])
+        self.done = self.trace[-1]["step"]
+
+
+def _check(**counts: int) -> None:
+    wrong = [f"{name}={count}" for name, count in counts.items() if count < 1]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: at least 1 is needed.")

@@ -1,0 +1,56 @@
+"""Freeze by one ranking; validation data choose how much."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+from datasets import Dataset
+from pydantic import Field
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.evaluation import evaluate
+from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.scoring import Scores
+from eigenlens.search.result import SearchResult, best_step, trace_row
+from eigenlens.selection import Within, select
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def one_shot(
+    model: TransformerBridge,
+    base: Scores,
+    validation: Dataset,
+    *,
+    fractions: Sequence[Share] = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
+    within: Within = "all",
+    negative_only: bool = False,
+    choose: Callable[[Scores, float], FrozenSet] | None = None,
+    batch_size: int = 50,
+) -> SearchResult:
+    """Freeze the lowest scores; of several fractions, the best on validation (fewest on a tie).
+
+    Args:
+        model: in eval mode.
+        base: its scores.
+        validation: examples to choose the fraction on.
+        fractions: shares of the components to try, each in [0, 1].
+        within: budget over all components, or the same share of each matrix kind or layer.
+        negative_only: leave out components whose score is not below zero.
+        choose: selects a share in a way of its own; ``within`` and ``negative_only`` are then idle.
+        batch_size: examples per pass.
+
+    Raises:
+        ValueError: no fraction, or one out of range.
+    """
+    if not fractions:
+        raise ValueError("Give at least one fraction.")
+    choose = choose or partial(select, within=within, negative_only=negative_only)
+    sets = [choose(base, fraction) for fraction in sorted(fractions)]
+    trace: list[dict[str, Any]] = []
+    for fraction, frozen in zip(sorted(fractions), sets, strict=True):
+        with freeze(model, frozen):
+            found = evaluate(model, validation, batch_size=batch_size)
+        trace.append(trace_row(len(trace), len(frozen), found, fraction=fraction))
+    table = best_step(trace)
+    return SearchResult("one_shot", sets[int(table["chosen"].argmax())], table)

@@ -1,0 +1,129 @@
+"""Data on which an edit must stay close to the unedited model.
+
+Closeness is ``KL(unedited ‖ edited)`` per answer token, in nats. One half of each data set may
+steer a search (as a penalty), the other half decides whether an edit is within the bound.
+Memory: the unedited log-probabilities, ``answer tokens × d_vocab`` floats.
+"""
+
+from collections.abc import Mapping
+from itertools import chain, zip_longest
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.evaluation import Evaluation, evaluate
+from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.gates import Gates
+from eigenlens.metrics import Metric, answer_logits, kl_to_unedited
+from eigenlens.tasks.batches import Batch, make_batches
+
+
+class _Half(NamedTuple):
+    """Half of one data set: its batches, and their divergence from the unedited model."""
+
+    data: Dataset
+    batches: list[Batch]
+    divergence: Metric
+
+
+class Protection:
+    """Keeps searches from changing what a model does elsewhere."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        data: Mapping[str, Dataset],
+        *,
+        bound: float = 0.05,
+        weight: float = 10.0,
+        batch_size: int = 50,
+    ) -> None:
+        """Run the unedited model over the data.
+
+        Args:
+            model: unedited, in eval mode.
+            data: by name: examples with the columns ``prompt`` and ``answer``; two at least.
+            bound: most nats per answer token that an edit may diverge on any data set.
+            weight: of the penalty in ``learned``, nats of loss per nat of divergence.
+            batch_size: examples per pass.
+
+        Raises:
+            ValueError: a data set with fewer than two examples; a bound or weight below zero.
+        """
+        if bound < 0 or weight < 0:
+            raise ValueError(f"bound={bound}, weight={weight}: neither may be below zero.")
+        short = [name for name, rows in data.items() if len(rows) < 2]
+        if short:
+            raise ValueError(f"{', '.join(short)}: two protected examples at least are needed.")
+        self.data = dict(data)
+        self.bound = bound
+        self.weight = weight
+        self._model = model
+        self._batch_size = batch_size
+        self._steering = {name: self._half(rows, 0) for name, rows in data.items()}
+        self._checking = {name: self._half(rows, 1) for name, rows in data.items()}
+        turns = zip_longest(
+            *([(b, half.divergence) for b in half.batches] for half in self._steering.values())
+        )
+        self._turns = [turn for turn in chain.from_iterable(turns) if turn is not None]
+
+    def _half(self, rows: Dataset, which: int) -> _Half:
+        data = rows.select(range(which, len(rows), 2))
+        return _Half(
+            data,
+            make_batches(data, self._model, self._batch_size),
+            kl_to_unedited(self._model, data, self._batch_size),
+        )
+
+    def slope(self, gates: Gates, step: int) -> Float[Tensor, " component"]:
+        """Gradient of the penalty by every gate, on one batch; batches take turns by ``step``."""
+        batch, divergence = self._turns[step % len(self._turns)]
+        _, slope = gates.gradient(batch, divergence)
+        return self.weight * slope / batch.answer_mask.sum()
+
+    def measure(self) -> dict[str, float]:
+        """Divergence of the model as it is now on the checking halves, in nats per answer token."""
+        found = {}
+        with torch.no_grad():
+            for name, half in self._checking.items():
+                total = sum(
+                    half.divergence(answer_logits(self._model, b).float(), b).sum()
+                    for b in half.batches
+                )
+                tokens = sum(b.answer_mask.sum() for b in half.batches)
+                found[name] = float(total / tokens)
+        return found
+
+    def holds(self, divergence: Mapping[str, float]) -> bool:
+        """Whether every data set is within the bound (false for NaN)."""
+        return all(value <= self.bound for value in divergence.values())
+
+    def table(self, frozen: FrozenSet) -> pd.DataFrame:
+        """Before and after, on the checking halves: divergence, loss and accuracy."""
+        before = self._evaluate()
+        with freeze(self._model, frozen):
+            divergence, after = self.measure(), self._evaluate()
+        return pd.DataFrame(
+            {
+                "data": name,
+                "examples": before[name].n,
+                "divergence": divergence[name],
+                "bound": self.bound,
+                "loss_before": before[name].loss,
+                "loss_after": after[name].loss,
+                "accuracy_before": before[name].accuracy,
+                "accuracy_after": after[name].accuracy,
+            }
+            for name in self._checking
+        )
+
+    def _evaluate(self) -> dict[str, Evaluation]:
+        return {
+            name: evaluate(self._model, half.data, batch_size=self._batch_size)
+            for name, half in self._checking.items()
+        }

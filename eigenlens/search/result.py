@@ -1,0 +1,143 @@
+"""What a search returns, and the file that lets it go on after a kill."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from eigenlens.evaluation import Evaluation
+from eigenlens.files import load_table, load_tensors, save_table, save_tensors
+from eigenlens.freezing import FrozenSet
+from eigenlens.provenance import text_hash
+from eigenlens.scoring import Scores
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        method: ``one_shot``, ``iterative``, ``guarded``, ``learned (frozen)`` or
+            ``learned (attenuated)``.
+        frozen: the best set on validation.
+        trace: one row per step: components edited, losses and accuracy; ``chosen`` marks the step
+            that ``frozen`` is from.
+        protected: how far the edit moves the model on data that it was to spare: one row per data
+            set; empty where none was given.
+    """
+
+    method: str
+    frozen: FrozenSet
+    trace: pd.DataFrame
+    protected: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def _repr_html_(self) -> str:
+        protected = self.protected.to_html(index=False) if len(self.protected) else ""
+        return (
+            f"<p>{self.method}</p>{self.frozen._repr_html_()}"
+            f"{self.trace.to_html(index=False)}{protected}"
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``frozen.safetensors``, ``trace.parquet`` and ``protected.parquet``."""
+        folder = Path(folder)
+        self.frozen.save(folder / "frozen.safetensors")
+        save_table(folder / "protected.parquet", "protected", self.protected, {})
+        save_table(folder / "trace.parquet", "trace", self.trace, {"method": self.method})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "SearchResult":
+        """Read back what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: a file is not there.
+            FileFormatError: a file is truncated or foreign.
+        """
+        folder = Path(folder)
+        trace, metadata = load_table(folder / "trace.parquet", "trace")
+        protected, _ = load_table(folder / "protected.parquet", "protected")
+        frozen = FrozenSet.load(folder / "frozen.safetensors")
+        return cls(metadata["method"], frozen, trace, protected)
+
+
+def better(one: Evaluation, two: Evaluation) -> bool:
+    """Whether ``one`` is the better of two validation results: accuracy, then loss."""
+    return (one.accuracy, -one.loss) > (two.accuracy, -two.loss)
+
+
+def trace_row(step: int, components: int, found: Evaluation, **more: Any) -> dict[str, Any]:
+    """One line of a trace: the step, how much is edited, and what it does on validation."""
+    return {
+        "step": step,
+        "components": components,
+        **more,
+        "validation_loss": found.loss,
+        "validation_accuracy": found.accuracy,
+    }
+
+
+def best_step(trace: list[dict[str, Any]], eligible: str | None = None) -> pd.DataFrame:
+    """The trace as a table whose ``chosen`` marks its best row: accuracy, then loss, then first.
+
+    Args:
+        trace: rows of :func:`trace_row`.
+        eligible: column that must be true of the chosen row; the first row always may be chosen.
+    """
+    table = pd.DataFrame(trace)
+    allowed = table[eligible].astype(bool) if eligible else pd.Series(True, index=table.index)
+    allowed.iloc[0] = True
+    order = table[allowed].sort_values(
+        ["validation_accuracy", "validation_loss", "step"], ascending=[False, True, True]
+    )
+    return table.assign(chosen=table.index == order.index[0])
+
+
+class Checkpoint:
+    """State of a search on disk. A file of a search with other options or data is refused."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        base: Scores,
+        data: Mapping[str, Dataset],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Where to keep the state (nowhere if ``path`` is ``None``), and what identifies it."""
+        self._path = Path(path) if path is not None else None
+        self._identity = {
+            "model": base.provenance.model_fingerprint,
+            "scores": [base.criterion, base.reference, base.provenance.task_hash, len(base)],
+            "data": {name: text_hash(rows.to_list()) for name, rows in data.items()},
+            "options": json.loads(json.dumps(options)),
+        }
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and numbers of the last saved step, or ``None`` where there is none.
+
+        Raises:
+            ValueError: the file belongs to another search.
+            FileFormatError: it is truncated or foreign.
+        """
+        if self._path is None or not self._path.is_file():
+            return None
+        tensors, metadata = load_tensors(self._path, "search state")
+        if metadata["identity"] != self._identity:
+            raise ValueError(
+                f"{self._path} holds the state of a search with other options, data or model. "
+                "Delete it, or choose another file."
+            )
+        return tensors, metadata["state"]
+
+    def save(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Replace the file by the state of now."""
+        if self._path is not None:
+            copies = {name: torch.as_tensor(value).cpu() for name, value in tensors.items()}
+            metadata = {"identity": self._identity, "state": dict(state)}
+            save_tensors(self._path, "search state", copies, metadata)

@@ -1,0 +1,56 @@
+"""Where public data sets come from: a local folder if one is named, else the Hub.
+
+The folder is the argument ``data`` of a task, or else the environment variable
+``EIGENLENS_DATA``. A folder that was named and lacks a file is an error, never a reason to go to
+the Hub: results must not depend on which files happened to be there.
+"""
+
+import os
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+
+_VARIABLE = "EIGENLENS_DATA"
+
+
+class MissingDataError(FileNotFoundError):
+    """Neither a local folder nor the Hub gave the data."""
+
+
+def data_folder(data: Path | None) -> Path | None:
+    """``data``, else ``EIGENLENS_DATA``, else ``None``."""
+    if data is not None:
+        return data
+    return Path(os.environ[_VARIABLE]) if os.environ.get(_VARIABLE) else None
+
+
+def data_file(folder: Path, collection: str, name: str) -> Path:
+    """``folder/name`` or ``folder/collection/name``, whichever is there.
+
+    Raises:
+        MissingDataError: neither is there.
+    """
+    tried = (folder / name, folder / collection / name)
+    for path in tried:
+        if path.is_file():
+            return path
+    raise MissingDataError(
+        f"There is neither {tried[0]} nor {tried[1]}. Put the file there, name another folder "
+        f"with data= or {_VARIABLE}, or name none to load from the Hub."
+    )
+
+
+def from_hub(name: str, config: str, split: str) -> Dataset:
+    """A split of a data set on the Hub, from its cache where it was loaded before.
+
+    Raises:
+        MissingDataError: the Hub cannot be reached or does not have it.
+    """
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        raise MissingDataError(
+            f"{name} ({config}, {split}) could not be loaded from the Hub: {error}. "
+            f"To read local files, set {_VARIABLE} or data= to their folder."
+        ) from error

@@ -1,0 +1,162 @@
+"""CB, COPA and RTE of SuperGLUE with the prompts of the paper.
+
+The official training file gives the train and validation splits, the official validation file the
+test split (labels of the official test file are not public). Files are the official JSONL, from a
+local folder or, in the same rows, from the Hub (:mod:`eigenlens.tasks.sources`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from eigenlens.tasks.rows import Row, read_rows
+from eigenlens.tasks.sources import data_file, data_folder, from_hub
+from eigenlens.tasks.splits import Example, hold_out, take
+from eigenlens.tasks.task import Task, to_dataset
+
+_COLLECTION = "superglue"
+_HUB = "aps/super_glue"
+
+
+class SuperGlueConfig(BaseModel):
+    """Arguments of ``cb``, ``copa`` and ``rte``.
+
+    ``n_validation`` (default: 20 %) examples of the official training file are drawn by ``seed``
+    for validation; train is ``n_train`` (default: all) of the others in random order, so that a
+    smaller train split is part of a larger one. Test is the first ``n_test`` (default: all)
+    examples of the official validation file, whatever the seed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path | None = Field(default=None, description="folder that holds the official files")
+    n_train: int | None = Field(default=None, ge=1)
+    n_validation: int | None = Field(default=None, ge=1)
+    n_test: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How the rows of one data set become prompts and answers.
+
+    Attributes:
+        folder: of the official files.
+        template: of the prompt.
+        texts: fields of a row that the template takes as they are.
+        answers: answer of each official label, in the Hub's order of labels.
+        questions: what the template says for each value of the field ``question``.
+    """
+
+    folder: str
+    template: str
+    texts: tuple[str, ...]
+    answers: Mapping[str | int, str]
+    questions: Mapping[str, str] = field(default_factory=dict)
+
+
+_CB = _Format(
+    folder="CB",
+    template=(
+        "Premise: {premise}\n\nHypothesis: {hypothesis}\n\n"
+        "Does the premise entail, contradict or is neutral to the hypothesis?\n"
+        "Answer (entails, contradicts, is neutral): The premise"
+    ),
+    texts=("premise", "hypothesis"),
+    answers={"entailment": " entails", "contradiction": " contradicts", "neutral": " is neutral"},
+)
+_COPA = _Format(
+    folder="COPA",
+    template=(
+        "Premise: {premise}\n{question}\n\n"
+        "Alternative 1: {choice1}\nAlternative 2: {choice2}\n\n"
+        "What is the correct alternative?\nThe correct alternative is alternative"
+    ),
+    texts=("premise", "choice1", "choice2"),
+    answers={0: " 1", 1: " 2"},
+    questions={
+        "cause": "What was the cause of this?",
+        "effect": "What happened as a result?",
+    },
+)
+_RTE = _Format(
+    folder="RTE",
+    template=(
+        "Premise: {premise}\n\nHypothesis: {hypothesis}\n\n"
+        "Does the premise entail or contradict to the hypothesis?\n"
+        "Answer (entails or contradicts): The premise"
+    ),
+    texts=("premise", "hypothesis"),
+    answers={"entailment": " entails", "not_entailment": " contradicts"},
+)
+
+
+def cb(**arguments: Any) -> Task:
+    """CommitmentBank: does the premise entail, contradict or leave open the hypothesis?"""
+    return _build("cb", _CB, SuperGlueConfig(**arguments))
+
+
+def copa(**arguments: Any) -> Task:
+    """Choice of Plausible Alternatives: which of two is the cause or the effect?"""
+    return _build("copa", _COPA, SuperGlueConfig(**arguments))
+
+
+def rte(**arguments: Any) -> Task:
+    """Recognising Textual Entailment: does the premise entail the hypothesis?"""
+    return _build("rte", _RTE, SuperGlueConfig(**arguments))
+
+
+def _build(name: str, form: _Format, config: SuperGlueConfig) -> Task:
+    official = [
+        [_example(row, form) for row in _rows(name, form, config.data, split)]
+        for split in ("train", "val")
+    ]
+    validation, rest = hold_out(official[0], config.n_validation, config.seed, "n_validation")
+    train = take(rest, config.n_train, "n_train")
+    test = take(official[1], config.n_test, "n_test")
+    return Task(
+        name,
+        to_dataset(train),
+        to_dataset(validation),
+        to_dataset(test),
+        config.model_dump(mode="json"),
+    )
+
+
+def _rows(name: str, form: _Format, data: Path | None, split: str) -> list[Row]:
+    folder = data_folder(data)
+    if folder is not None:
+        return read_rows(data_file(folder, _COLLECTION, f"{form.folder}/{split}.jsonl"))
+    hub_split = {"train": "train", "val": "validation"}[split]
+    official = dict(enumerate(form.answers))
+    return [
+        Row(
+            {**fields, "label": official.get(fields["label"], fields["label"])},
+            f"{_HUB} {name} {hub_split}, row {number}",
+        )
+        for number, fields in enumerate(from_hub(_HUB, name, hub_split))
+    ]
+
+
+def _example(row: Row, form: _Format) -> Example:
+    texts = {name: row.text(name) for name in form.texts}
+    if form.questions:
+        texts["question"] = _one_of(row, "question", form.questions)
+    return {
+        "prompt": form.template.format(**texts),
+        "answer": _one_of(row, "label", form.answers),
+        "candidates": list(form.answers.values()),
+    }
+
+
+def _one_of(row: Row, name: str, known: Mapping[Any, str]) -> str:
+    """What ``known`` holds for the value of a field; true is not 1, nor is 1.0."""
+    value = row.get(name)
+    if type(value) not in (str, int) or value not in known:
+        raise row.error(
+            f"unknown {name} {value!r}; it must be one of {', '.join(map(repr, known))}"
+        )
+    return known[value]

@@ -1,0 +1,88 @@
+"""Estimates against what they claim: completeness, exactness, hand-computed sums."""
+
+import numpy as np
+import pytest
+from tiny_models import EQUAL, MIXED
+
+import eigenlens as el
+from eigenlens.estimators import integrated, refined
+from eigenlens.exact import exact_effects
+from eigenlens.freezing import FrozenSet
+from eigenlens.scoring.reference import effects_by_cache
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
+@pytest.mark.parametrize("data", [EQUAL, MIXED])
+def test_integrated_scores_add_up_to_the_effect_of_freezing_all(tiny, family, data):
+    model = tiny(family)
+    base = el.score(model, el.decompose(model, progress=False), data, progress=False)
+    before = el.evaluate(model, data).loss
+    with el.freeze(model, FrozenSet.from_scores(base, np.arange(len(base)))):
+        all_frozen = el.evaluate(model, data).loss
+    errors = [
+        integrated(model, base, data, steps=n, progress=False).delta_loss.sum()
+        - (all_frozen - before)
+        for n in (2, 64)
+    ]
+    assert abs(errors[1]) < 1e-4
+    assert abs(errors[1]) < abs(errors[0])
+    assert el.evaluate(model, data).loss == before
+
+
+def test_refined_scores_are_exact_where_that_refutes_them(tiny):
+    model = tiny("llama")
+    base = el.score(model, el.decompose(model, progress=False), MIXED, progress=False)
+    found = refined(model, base, MIXED, count=30, progress=False)
+    top = np.argsort(-np.abs(base.delta_loss))[:30]  # no effects of single examples: by size
+    effects = exact_effects(model, base, top, MIXED, progress=False)
+    error = effects.std(1, ddof=1) / np.sqrt(len(MIXED))
+    refuted = np.abs(effects.mean(1) - base.delta_loss[top]) > 2 * error
+    expected = np.where(refuted, effects.mean(1), base.delta_loss[top])
+    np.testing.assert_allclose(found.delta_loss[top], expected, atol=1e-10)
+    assert 0 < refuted.sum() < 30
+    one = refined(model, base, MIXED.select([0]), count=30, progress=False)
+    np.testing.assert_allclose(one.delta_loss[top], effects[:, 0], atol=1e-10)
+    others = np.setdiff1d(np.arange(len(base)), top)
+    np.testing.assert_array_equal(found.delta_loss[others], base.delta_loss[others])
+    with pytest.raises(ValueError, match="count=-1"):
+        refined(model, base, MIXED, count=-1)
+    with pytest.raises(ValueError, match="steps=0"):
+        integrated(model, base, MIXED, steps=0)
+
+
+def test_what_is_refined_is_where_the_second_order_term_is_large(tiny):
+    model = tiny("llama")
+    base = el.score(
+        model, el.decompose(model, progress=False), MIXED, criterion="margin", progress=False
+    )
+    found = refined(model, base, MIXED, count=25, progress=False)
+    term = base.with_criterion("fisher").delta_loss - base.with_criterion("mean").delta_loss
+    top = np.argsort(-term)[:25]
+    one = refined(model, base, MIXED.select([1]), count=25, progress=False)
+    assert set(np.flatnonzero(one.delta_loss != base.delta_loss)) == set(top)
+    assert set(np.flatnonzero(found.delta_loss != base.delta_loss)) <= set(top)
+
+
+def test_estimates_survive_a_round_trip(tiny, tmp_path):
+    model = tiny("gpt2")
+    base = el.score(model, el.decompose(model, progress=False), MIXED, progress=False)
+    found = integrated(model, base, MIXED, steps=2, progress=False)
+    found.save(tmp_path / "scores.parquet")
+    back = el.Scores.load(tmp_path / "scores.parquet")
+    assert back.criterion == "integrated"
+    np.testing.assert_array_equal(back.delta_loss, found.delta_loss)
+    assert len(el.select(found, 0.1)) == round(0.1 * len(found))
+
+
+def test_position_fisher_by_hand(tiny):
+    model = tiny("llama")
+    spectra = el.decompose(model, progress=False)
+    scores = el.score(model, spectra, EQUAL, criterion="position_fisher", progress=False)
+    effects = effects_by_cache(model, spectra, EQUAL)
+    expected = np.concatenate(
+        [
+            (e.sum(1).mean(0) + e.square().sum(1).mean(0) / 2).flatten().numpy()
+            for e in effects.values()
+        ]
+    )
+    np.testing.assert_allclose(scores.delta_loss, expected, atol=1e-10)

@@ -1,0 +1,84 @@
+"""Studies on a small scale: what is measured is measured, and finished parts are not made again."""
+
+from dataclasses import replace
+
+import pytest
+
+import eigenlens as el
+from eigenlens.evaluation import wilson_interval
+from eigenlens.experiments import estimators, searches
+from eigenlens.experiments.result import Parts
+
+SMALL = {"n_train": 40, "n_validation": 30, "n_test": 30}
+
+
+def test_parts_are_made_once(tmp_path):
+    parts = Parts(tmp_path)
+    assert parts.do("one", lambda: [{"a": 1}]) == [{"a": 1}]
+    assert Parts(tmp_path).do("one", lambda: pytest.fail("made again")) == [{"a": 1}]
+    assert parts.do("two", lambda: [{"a": None}]) == [{"a": None}]
+
+
+def test_an_interrupted_part_leaves_nothing(tmp_path):
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Parts(tmp_path).do("one", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_searches_reports_the_test_accuracy_of_the_chosen_set(tmp_path, monkeypatch):
+    setting = replace(
+        searches.SETTINGS[0],
+        arguments={"reading": "product", **SMALL},
+        seeds=(0,),
+        methods=("one-shot", "guarded"),
+    )
+    monkeypatch.setattr(searches, "SETTINGS", (setting,))
+    monkeypatch.setattr(searches, "_STEPS", 3)
+    found = searches.run(models=("arith-tiny",), parts=tmp_path)
+    final = found.table[found.table["step"] == -1].set_index("method")
+    assert list(final.index) == ["before", "one-shot", "guarded"]
+    model = el.load_model("arith-tiny", device="cpu")
+    task = el.load_task("ambiguous", model.tokenizer, reading="product", seed=0, **SMALL)
+    before = el.evaluate(model, task.test)
+    assert final.loc["before", "test_right"] == before.examples["correct"].sum()
+    scores = el.score(
+        model, el.decompose(model, progress=False), task.train, criterion="margin", progress=False
+    )
+    chosen = el.one_shot(model, scores, task.validation)
+    with el.freeze(model, chosen.frozen):
+        after = el.evaluate(model, task.test)
+    assert final.loc["one-shot", "test_right"] == after.examples["correct"].sum()
+    assert final.loc["one-shot", "components"] == len(chosen.frozen)
+    steps = found.table[(found.table["method"] == "guarded") & (found.table["step"] >= 0)]
+    tried = steps["tried"].sum()
+    passes = 3 * steps["step"].max() + tried / 4
+    assert final.loc["guarded", "passes"] == pytest.approx(passes)
+    low, high = wilson_interval(int(after.examples["correct"].sum()), after.n)
+    stated = found.summary.set_index("method").loc["one-shot", "test accuracy"]
+    assert f"({low:.1%} … {high:.1%})" in stated
+    monkeypatch.setattr(searches, "_measure", lambda *a: pytest.fail("measured again"))
+    assert searches.run(models=("arith-tiny",), parts=tmp_path).table.equals(found.table)
+
+
+def test_estimators_are_judged_by_exact_effects(tmp_path, monkeypatch):
+    setting = replace(
+        estimators.SETTINGS[0],
+        arguments={"reading": "product", **SMALL},
+        n_examples=20,
+        n_components=40,
+        seeds=(0,),
+    )
+    monkeypatch.setattr(estimators, "SETTINGS", (setting,))
+    found = estimators.run(models=("arith-tiny",), parts=tmp_path)
+    overall = found.table[found.table["stratum"] == "all"].set_index("estimator")
+    assert overall.loc["refined", "spearman"] > overall.loc["max", "spearman"]
+    assert overall.loc["margin", "spearman"] > overall.loc["max", "spearman"]
+    assert {"released code", "… without any", "released code with fine-tuning"} <= set(
+        overall.index
+    )
+    monkeypatch.setattr(estimators, "_measure", lambda *a: pytest.fail("measured again"))
+    again = estimators.run(models=("arith-tiny",), parts=tmp_path)
+    assert again.summary.equals(found.summary)

@@ -1,0 +1,93 @@
+"""A user's own files: splits, and complaints with file and line."""
+
+import json
+
+import pytest
+
+import eigenlens as el
+from eigenlens.tasks.rows import DataError
+
+ROWS = [{"prompt": f"{i} =", "answer": f" {i}", "note": "kept out"} for i in range(20)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def file(name, rows):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return file
+
+
+def prompts(task):
+    return [set(split["prompt"]) for split in (task.train, task.validation, task.test)]
+
+
+def test_one_file(write):
+    path = write("mine.jsonl", ROWS)
+    task = el.load_task("jsonl", path=path, seed=3)
+    train, validation, test = prompts(task)
+    assert (len(train), len(validation), len(test)) == (13, 3, 4)  # 20 % of 20, of 16
+    assert train | validation | test == {row["prompt"] for row in ROWS}
+    assert task.hash == el.load_task("jsonl", path=path, seed=3).hash
+    assert task.hash != el.load_task("jsonl", path=path, seed=4).hash
+    sized = el.load_task("jsonl", path=path, n_train=2, n_validation=5, n_test=6)
+    assert [len(split) for split in prompts(sized)] == [2, 5, 6]
+    assert all(e["answer"] == f" {e['prompt'].split()[0]}" for e in sized.train)
+    with pytest.raises(ValueError, match=r"n_train=10 .* there are 9"):
+        el.load_task("jsonl", path=path, n_train=10, n_validation=5, n_test=6)
+    with pytest.raises(ValueError, match="leaves none"):
+        el.load_task("jsonl", path=path, n_test=20)
+
+
+def test_a_file_a_split(write):
+    train, test = write("train.jsonl", ROWS[:12]), write("test.jsonl", ROWS[12:])
+    task = el.load_task("jsonl", train=train, test=test)
+    assert list(task.test["prompt"]) == [row["prompt"] for row in ROWS[12:]]
+    assert [len(split) for split in prompts(task)] == [10, 2, 8]
+    validation = write("validation.jsonl", ROWS[8:12])
+    short = write("short.jsonl", ROWS[:8])
+    task = el.load_task("jsonl", train=short, validation=validation, test=test, n_test=3)
+    assert [len(split) for split in prompts(task)] == [8, 4, 3]
+    with pytest.raises(ValueError, match="'8 =' is in train and in validation"):
+        el.load_task("jsonl", train=train, validation=validation, test=test)
+
+
+def test_candidates(write):
+    rows = [{**row, "candidates": [row["answer"], " none"]} for row in ROWS]
+    task = el.load_task("jsonl", path=write("c.jsonl", rows))
+    assert all(e["candidates"] == [e["answer"], " none"] for e in task.test)
+    assert el.load_task("jsonl", path=write("n.jsonl", ROWS)).test[0]["candidates"] == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompt": "a"}, r"'answer' is missing \(the row has 'prompt'\)"),
+        ({}, "'answer' is missing"),
+        ({"answer": " b"}, "'prompt' is missing"),
+        ({"prompt": "a", "answer": ""}, "'answer' must be a text, not ''"),
+        ({"prompt": "a", "answer": 7}, "'answer' must be a text, not 7"),
+        ({"prompt": "a", "answer": " b", "candidates": [" c", " d"]}, "' b' is not among"),
+        ({"prompt": "a", "answer": " b", "candidates": " b"}, "must be a list of texts"),
+        ({"prompt": "a", "answer": " b", "candidates": [" b", 3]}, "must be a list of texts"),
+        ({"prompt": "a", "answer": " b", "candidates": [" b", ""]}, "must be a list of texts"),
+        ({"prompt": "a", "answer": " b", "candidates": [" b", " b"]}, "listed twice"),
+    ],
+)
+def test_a_bad_row_is_named(bad, message, write):
+    path = write("bad.jsonl", [*ROWS[:3], bad])
+    with pytest.raises(DataError, match=rf"bad\.jsonl, line 4: .*{message}"):
+        el.load_task("jsonl", path=path)
+
+
+def test_bad_arguments(write, tmp_path):
+    path = write("mine.jsonl", ROWS)
+    for arguments in ({}, {"path": path, "test": path}, {"train": path}, {"validation": path}):
+        with pytest.raises(ValueError, match="either path="):
+            el.load_task("jsonl", **arguments)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        el.load_task("jsonl", path=tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="is empty"):
+        el.load_task("jsonl", path=write("none.jsonl", []))
