@@ -78,7 +78,7 @@ def test_no_two_nodes_of_the_circuit_overlap(results):
     rows = figure.layout.yaxis.range[1] - figure.layout.yaxis.range[0]
     y = np.concatenate([t.y for t in nodes]) * (figure.layout.height - 170) / rows
     distance = np.hypot(x[:, None] - x, y[:, None] - y) + 1e9 * np.eye(len(x))
-    assert distance.min() > 27
+    assert distance.min() > 32
 
 
 def test_the_map_adds_up_to_the_frozen_set(results):

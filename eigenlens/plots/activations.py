@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eigenlens.activations import ActivationChange
-from eigenlens.plots.style import BLUE, GREY, LESS_MORE, TEMPLATE, heading
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, LESS_MORE, TEMPLATE, heading
 
 _STATES = (("before", GREY, "dot"), ("after", BLUE, "solid"))
 
@@ -86,7 +86,7 @@ def activation_change(change: ActivationChange) -> go.Figure:
             f"means over {change.n_examples} examples",
             1080,
         ),
-        width=900,
+        width=FULL_WIDTH,
         height=1080,
         margin={"l": 70, "r": 60, "t": 120, "b": 60},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.06, "yanchor": "bottom"},
@@ -157,98 +157,3 @@ def _heat(
         row=row,
         col=col,
     )
-
-
-def attention_change(
-    change: ActivationChange, layer: int | None = None, head: int | None = None
-) -> go.Figure:
-    """Attention of one head before and after an edit, and the difference.
-
-    Args:
-        change: what :func:`eigenlens.activation_change` returned.
-        layer, head: which head; by default the one whose attention changed most.
-
-    Raises:
-        ValueError: only one of ``layer`` and ``head``, or no such head.
-    """
-    patterns = change.patterns
-    if (layer is None) != (head is None):
-        raise ValueError("Give both layer= and head=, or neither.")
-    if layer is None:
-        sizes = patterns.assign(size=(patterns["after"] - patterns["before"]).abs())
-        sums = sizes.groupby(["layer", "head"], as_index=False)["size"].sum()
-        most = sums.loc[sums["size"].idxmax()]
-        layer, head = int(most["layer"]), int(most["head"])
-    own = patterns[(patterns["layer"] == layer) & (patterns["head"] == head)]
-    if own.empty:
-        raise ValueError(f"There is no layer {layer}, head {head} in this change.")
-    own = own.assign(difference=own["after"] - own["before"])
-    figure = make_subplots(
-        rows=1,
-        cols=3,
-        horizontal_spacing=0.06,
-        shared_yaxes=True,
-        subplot_titles=["before", "after", "after − before"],
-    )
-    widest = max(float(own["difference"].abs().max()), 1e-3)
-    highest = float(own[["before", "after"]].to_numpy().max())
-    scale = {"colorscale": "Viridis", "cmin": 0, "cmax": highest}
-    for column, name in enumerate(("before", "after", "difference"), start=1):
-        values = own.pivot(index="query", columns="key", values=name)
-        seen = np.tril(np.ones(values.shape, bool))
-        figure.add_trace(
-            go.Heatmap(
-                z=np.where(seen, values.to_numpy(), np.nan),
-                x=values.columns,
-                y=values.index,
-                coloraxis="coloraxis" if column < 3 else "coloraxis2",
-                hovertemplate=(
-                    "query %{y}, key %{x}<br>attention %{z:.3f}<extra>" + name + "</extra>"
-                ),
-                xgap=1,
-                ygap=1,
-            ),
-            row=1,
-            col=column,
-        )
-    figure.update_xaxes(
-        showgrid=False,
-        zeroline=False,
-        title_text="key position",
-        dtick=max(1, len(own["key"].unique()) // 8),
-    )
-    figure.update_yaxes(
-        showgrid=False,
-        zeroline=False,
-        autorange="reversed",
-        dtick=max(1, len(own["query"].unique()) // 8),
-    )
-    figure.update_yaxes(title_text="query position", col=1)
-    bar = {"orientation": "h", "y": -0.32, "yanchor": "top", "thickness": 12}
-    figure.update_layout(
-        template=TEMPLATE,
-        title=heading(
-            f"Attention of layer {layer}, head {head}",
-            "mean over examples; positions counted from the end of the prompt (−1: its last token)",
-            460,
-        ),
-        width=900,
-        height=460,
-        margin={"l": 80, "r": 30, "t": 110, "b": 130},
-        coloraxis=scale
-        | {"colorbar": bar | {"x": 0.31, "len": 0.6, "title": {"text": "attention (share)"}}},
-        coloraxis2={
-            "colorscale": LESS_MORE,
-            "cmin": -widest,
-            "cmax": widest,
-            "colorbar": bar
-            | {
-                "x": 0.85,
-                "len": 0.36,
-                "title": {"text": "difference"},
-                "nticks": 3,
-                "tickangle": 0,
-            },
-        },
-    )
-    return figure

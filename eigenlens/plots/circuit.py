@@ -6,20 +6,20 @@ import plotly.graph_objects as go
 
 from eigenlens.circuits import Circuit
 from eigenlens.circuits.nodes import EMBED, LOGITS
-from eigenlens.matrices import MATRIX_KINDS
-from eigenlens.plots.style import BLUE, TEMPLATE, VERMILION, heading
+from eigenlens.matrices import MATRIX_KINDS, MLP_KINDS
+from eigenlens.plots.style import BLUE, FULL_WIDTH, TEMPLATE, VERMILION, heading
 
 _ORDER = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out")
 _KEPT, _FROZEN = "#FFFFFF", "#333333"
 _WIDEST = 8.0  # pixels
-_CROWDED = 18  # nodes in a row from which neighbours are drawn at two heights
+_CROWDED = 16  # nodes in a row from which neighbours are drawn at two heights
 _SIGNS = (
     (-1, VERMILION, "cutting lowers the loss (harmful path)"),
     (1, BLUE, "cutting raises the loss (helpful path)"),
 )
 
 
-def circuit(found: Circuit, edges: int = 60) -> go.Figure:
+def circuit(found: Circuit, edges: int | pd.DataFrame = 60) -> go.Figure:
     """Draw the strongest edges of a circuit and the nodes that they join.
 
     Line width grows with the size of the first-order effect; colour is its sign. Dark nodes are
@@ -27,14 +27,14 @@ def circuit(found: Circuit, edges: int = 60) -> go.Figure:
 
     Args:
         found: what :func:`eigenlens.circuit` returned.
-        edges: how many edges to draw.
+        edges: how many of the strongest edges to draw, or rows of ``found.edges``.
 
     Raises:
-        ValueError: ``edges`` below 1.
+        ValueError: no edges.
     """
-    if edges < 1:
+    if (edges if isinstance(edges, int) else len(edges)) < 1:
         raise ValueError(f"edges={edges}: draw at least one.")
-    shown = found.strongest(edges)
+    shown = found.strongest(edges) if isinstance(edges, int) else edges
     nodes = _placed(found.nodes, shown)
     figure = go.Figure()
     for sign, colour, name in _SIGNS:
@@ -50,7 +50,7 @@ def circuit(found: Circuit, edges: int = 60) -> go.Figure:
         showgrid=False,
         zeroline=False,
         range=[-0.04, 1.04],
-        title_text=f"components ({len(shown)} strongest of {len(found.edges)} paths)",
+        title_text=f"components ({len(shown)} of {len(found.edges)} direct paths)",
     )
     figure.update_yaxes(
         tickvals=rows.index.to_list(),
@@ -68,7 +68,7 @@ def circuit(found: Circuit, edges: int = 60) -> go.Figure:
             f"norms {found.norm}; {found.n_examples} examples",
             height,
         ),
-        width=900,
+        width=FULL_WIDTH,
         height=height,
         margin={"l": 110, "r": 20, "t": 105, "b": 50},
         legend={
@@ -184,12 +184,12 @@ def _markers(nodes: pd.DataFrame, frozen: bool, name: str) -> go.Scatter:
         mode="markers+text",
         name=name,
         text=[_text(row) for row in nodes.to_dict("records")],
-        textfont={"size": 10, "color": _KEPT if frozen else _FROZEN},
+        textfont={"size": 12, "color": _KEPT if frozen else _FROZEN},
         hovertext=[_details(row) for row in nodes.to_dict("records")],
         hoverinfo="text",
         marker={
             "symbol": "circle",
-            "size": 27,
+            "size": 32,
             "color": _FROZEN if frozen else _KEPT,
             "line": {"color": _FROZEN, "width": 1.5},
         },
@@ -199,7 +199,7 @@ def _markers(nodes: pd.DataFrame, frozen: bool, name: str) -> go.Scatter:
 def _text(node: dict) -> str:
     if node["node"] in (EMBED, LOGITS):
         return ""
-    in_mlp = node["matrix"] in ("W_in", "W_gate", "W_out")
+    in_mlp = node["matrix"] in MLP_KINDS
     place = f"{node['index']:.0f}" if in_mlp else f"{node['head']:.0f}.{node['index']:.0f}"
     return place if node["size"] == 1 else f"{place}+"
 

@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 
 from eigenlens.freezing import FrozenSet
 from eigenlens.matrices import MATRIX_KINDS
-from eigenlens.plots.style import HARM_HELP, SIGN, TEMPLATE, heading
+from eigenlens.plots.style import FULL_WIDTH, HARM_HELP, SIGN, TEMPLATE, heading
 from eigenlens.scoring import Scores
 from eigenlens.scoring.scores import COMPONENT
 
@@ -112,7 +112,7 @@ def pruned_map(frozen: FrozenSet, scores: Scores | None = None) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title=heading(text, "", height),
-        width=900,
+        width=FULL_WIDTH,
         height=height,
         margin={"t": _TOP, "b": _BOTTOM, "l": 70, "r": 30},
     )

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from eigenlens.freezing import FrozenSet
 from eigenlens.marchenko_pastur import bulk_edge
 from eigenlens.matrices import MATRIX_KINDS
-from eigenlens.plots.style import GREY, TEMPLATE, VERMILION, heading
+from eigenlens.plots.style import FULL_WIDTH, GREY, TEMPLATE, VERMILION, heading
 from eigenlens.spectra import Spectra, Spectrum
 
 _PANEL, _GAP = 190, 100  # pixels
@@ -65,7 +65,7 @@ def singular_values(
             "edge = s (√d<sub>in</sub> + √d<sub>out</sub>), noise s from the median singular value",
             inner + top + bottom,
         ),
-        width=900,
+        width=FULL_WIDTH,
         height=inner + top + bottom,
         margin={"t": top, "b": bottom},
         legend={

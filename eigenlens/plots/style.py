@@ -18,6 +18,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY = (
     "#D55E00",
     "#8A8A8A",
 )
+# Pixels across a page (7 in) and a column (3.3 in) of a paper: 14 px type is 7.8 pt there.
+FULL_WIDTH, COLUMN_WIDTH = 900, 424
 # From below zero (harmful) to above (helpful), and from less to more; both colour-blind safe.
 HARM_HELP = [[0.0, VERMILION], [0.5, "#F4F4F4"], [1.0, BLUE]]
 LESS_MORE = [[0.0, "#5E3C99"], [0.5, "#F7F7F7"], [1.0, "#E66101"]]
