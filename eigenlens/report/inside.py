@@ -1,6 +1,7 @@
 """What the report shows of the inside of the model: it is loaded again for this."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,7 +48,7 @@ def look_inside(result: EigenpruneResult) -> Inside:
     test, train = (
         data.select(range(min(MOST_EXAMPLES, len(data)))) for data in (task.test, task.train)
     )
-    options = {"batch_size": config.batch_size, "progress": False}
+    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": False}
     changed = activation_change(model, frozen, test, **options)
     if not len(frozen):
         return Inside(changed, None, 0)
@@ -60,7 +61,9 @@ def _strongest(frozen: FrozenSet, scores: Scores) -> FrozenSet:
     """The frozen components with the largest scores of either sign."""
     if len(frozen) <= MOST_FROZEN:
         return frozen
-    place = pd.Series(np.arange(len(scores)), pd.MultiIndex.from_frame(scores.components[COMPONENT]))
+    place = pd.Series(
+        np.arange(len(scores)), pd.MultiIndex.from_frame(scores.components[COMPONENT])
+    )
     rows = place.reindex(pd.MultiIndex.from_frame(frozen.components[COMPONENT])).to_numpy()
     order = np.argsort(-np.abs(scores.delta_loss[rows]), kind="stable")[:MOST_FROZEN]
     strength = frozen.components["strength"].to_numpy()[order]
