@@ -331,7 +331,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(range=[-0.05, 1.05], title_text="AUROC of the planted component")
+    figure.update_xaxes(range=[-0.05, 1.05], title_text="AUROC of the planted component (± SE)")
     figure.update_yaxes(autorange="reversed")
     figure.update_yaxes(title_text="scored by", col=1)
     figure.update_layout(

@@ -100,11 +100,12 @@ def _draw(figures: Mapping[str, go.Figure], wanted: list[tuple[str, str]], folde
 
 
 def _stable_svg(content: bytes, name: str) -> bytes:
-    """Name the parts after the figure, where plotly.js draws a random name for them."""
+    """Replace the random names that plotly.js gives to the figure and its traces."""
     found = re.search(rb'id="defs-([0-9a-f]+)"', content)
-    if found is None:
-        return content
-    return re.sub(rb"(?<=[a-z-])" + found[1] + rb"(?![0-9a-f])", name.encode(), content)
+    if found is not None:
+        own = rb"(?<=[a-z-])" + found[1] + rb"(?![0-9a-f])"
+        content = re.sub(own, name.encode(), content)
+    return re.sub(rb'(class="trace \w+ trace)[0-9a-f]{6}\b', rb"\1", content)
 
 
 def _stable_pdf(content: bytes, name: str) -> bytes:
