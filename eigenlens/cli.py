@@ -205,6 +205,22 @@ def experiment(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder of `eigenlens run`.")],
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
+    circuit: Annotated[
+        bool,
+        typer.Option(help="Load the model again for the circuit and the activations."),
+    ] = True,
+) -> None:
+    """Write one self-contained HTML page that explains a finished run."""
+    with _clear_errors():
+        from eigenlens.report import write_report
+
+        console.print(f"Report: {write_report(run, out, inside=circuit)}")
+
+
+@app.command()
 def figures(
     names: Annotated[
         list[str] | None, typer.Argument(help="Studies (default: all whose tables are there).")

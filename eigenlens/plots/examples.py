@@ -13,7 +13,7 @@ OUTCOMES = {
     (False, True): ("gained", GREEN, "triangle-up"),
     (True, False): ("lost", VERMILION, "triangle-down"),
 }
-_FLOOR = 1e-4  # nats: smaller losses lie on the axis
+_FLOOR = 1e-4  # nats: smaller losses are drawn there
 
 
 def example_losses(before: Evaluation, after: Evaluation) -> go.Figure:
@@ -24,7 +24,7 @@ def example_losses(before: Evaluation, after: Evaluation) -> go.Figure:
     """
     was, now = (e.examples["correct"].to_numpy(bool) for e in (before, after))
     x, y = (np.maximum(e.examples["loss"].to_numpy(), _FLOOR) for e in (before, after))
-    ends = [_FLOOR, float(max(x.max(), y.max(), 10 * _FLOOR)) * 1.5]
+    ends = [min(x.min(), y.min()) / 1.5, max(x.max(), y.max()) * 1.5]
     figure = go.Figure()
     figure.add_scatter(
         x=ends, y=ends, mode="lines", line={"color": GREY, "dash": "dot"}, name="unchanged"

@@ -18,6 +18,7 @@ from eigenlens.plots.examples import OUTCOMES, example_losses
 from eigenlens.report.drawing import fragment
 from eigenlens.report.inside import Inside, look_inside
 from eigenlens.report.tables import Table, make_table
+from eigenlens.scoring.scores import COMPONENT
 
 MOST_ROWS = 200  # of a table: a page for a phone, not a data base
 
@@ -117,21 +118,20 @@ def _figures(result: EigenpruneResult, found: Inside | None) -> dict[str, str]:
 
 def _frozen(result: EigenpruneResult) -> Table:
     """The frozen components with the lowest scores."""
-    table = result.frozen.to_pandas().merge(
-        result.scores.to_pandas(), on=["layer", "matrix", "head", "index"]
-    )
+    table = result.frozen.to_pandas().merge(result.scores.to_pandas(), on=COMPONENT)
+    table = table.rename(columns={"delta_loss": "ΔL (nats)", "sigma": "σ"})
     return make_table(
-        table.sort_values("delta_loss").head(MOST_ROWS),
-        "Frozen components: ΔL is the predicted change of the loss, in nats per example; σ is the "
-        "singular value, strength how much of its effect is frozen",
+        table.sort_values("ΔL (nats)").head(MOST_ROWS),
+        "Frozen components, lowest score first: ΔL is the predicted change of the loss per "
+        "example, σ the singular value, strength how much of its effect is frozen",
         {
             "layer": "d",
             "matrix": "",
             "head": "d",
             "index": "d",
             "strength": ".3g",
-            "delta_loss": ".4g",
-            "sigma": ".4g",
+            "ΔL (nats)": ".4g",
+            "σ": ".4g",
         },
     )
 
@@ -196,22 +196,25 @@ def _against(found: Inside | None) -> Table | None:
     """Which frozen components wrote against the right answer, and from where they read."""
     if found is None or found.paths is None:
         return None
-    table = found.paths.against_answer()
+    table = found.paths.against_answer().rename(columns={"delta_loss": "ΔL"})
     if table.empty:
         return None
     return make_table(
         table.rename(columns=lambda name: name.replace("_", " ")),
         "Frozen components that wrote against the right answer: what each adds to its "
-        "log-probability (nats) and logit at the last position of the prompt, and where it reads",
+        "log-probability (nats) and logit at the last position of the prompt, the maps and nodes "
+        "that it reads from with the effect of each on the loss (nats), and the tokens that it "
+        "reads, promotes and suppresses",
         {
             "node": "",
             "answer logprob": ".4f",
             "answer logit": ".4f",
-            "delta loss": ".4g",
-            "promotes": str,
-            "suppresses": str,
+            "ΔL": ".4g",
             "read from": str,
             "sources": str,
+            "reads": str,
+            "promotes": str,
+            "suppresses": str,
         },
     )
 

@@ -1,0 +1,259 @@
+"""The report shows what the run found, on one page that needs nothing else.
+
+In a browser: nothing is logged, nothing requested, every figure drawn, every table sortable.
+"""
+
+import html
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from browser import faults_of_text, visit
+from typer.testing import CliRunner
+
+import eigenlens as el
+from eigenlens import pipeline
+from eigenlens.cli import app
+from eigenlens.evaluation import Evaluation
+from eigenlens.freezing import FrozenSet
+from eigenlens.report import write_report
+
+CONFIG = el.EigenpruneConfig(
+    model="arith-tiny",
+    device="cpu",
+    task_args={"n_train": 60, "n_validation": 40, "n_test": 40},
+    search="guarded",
+    search_args={"step": 5, "steps": 3},
+    protect={"int_add": {"high": 20, "n_train": 10, "n_validation": 10, "n_test": 10}},
+)
+FIGURES = {"map", "spectrum", "trace", "losses", "activations", "circuit"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run folder with its report, and what the run returned."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    result = pipeline.run(CONFIG, folder, progress=False)
+    assert len(result.frozen) > 0
+    write_report(folder)
+    return folder, result
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The run folder again, to be changed, without a report."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    return tmp_path / "run"
+
+
+def page_text(folder):
+    return html.unescape((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_run_is_read_back_as_it_was(finished):
+    folder, result = finished
+    again, metrics = pipeline.load_run(folder)
+    assert again.config == result.config
+    assert again.comparison == result.comparison
+    assert again.scores.to_pandas().equals(result.scores.to_pandas())
+    assert again.frozen.to_pandas().equals(result.frozen.to_pandas())
+    assert again.search.protected.equals(result.search.protected)
+    assert again.seconds == metrics["seconds"] == pytest.approx(result.seconds)
+
+
+def test_numbers_config_and_versions_are_those_of_the_run(finished, tmp_path):
+    folder, result = finished
+    text = page_text(folder)
+    for e in (result.before, result.after):
+        low, high = e.interval
+        assert f"{e.accuracy:.1%}" in text
+        assert f"{low:.1%} … {high:.1%}" in text
+    test = result.comparison
+    assert f"{test.gained} gained, {test.lost} lost" in text
+    assert f"{100 * test.accuracy_change:+.1f} points".replace("-", "−") in text
+    (config,) = re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)
+    (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+    assert el.EigenpruneConfig.from_yaml(tmp_path / "config.yaml") == result.config
+    assert f'<td data-value="{el.pipeline.versions()["torch"]}">' in text
+    assert result.scores.provenance.model_fingerprint in text
+
+
+def test_in_a_browser_it_is_whole_and_asks_for_nothing(finished):
+    folder, result = finished
+    was, now = result.before.examples, result.after.examples
+    changed = now[(was["predicted"] != now["predicted"]) | (was["correct"] != now["correct"])]
+
+    async def look(page):
+        assert page.problems == []
+        own = (folder / "report.html").resolve().as_uri()
+        assert [url for url in page.requests if url != own and not url.startswith("data:")] == []
+        drawn = await page.ask(
+            "Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].map(f => [f.id,"
+            " f.querySelectorAll('.points path, .lines path, image, canvas').length]))"
+        )
+        assert set(drawn) == {f"figure-{name}" for name in FIGURES}
+        assert all(drawn.values())
+        assert await faults_of_text(page, smallest=12) == []
+        rows = await page.ask(
+            "[...document.querySelectorAll('#table-changed tbody tr')]"
+            ".map(r => [...r.cells].map(c => c.textContent))"
+        )
+        expected = {
+            (prompt, answer, was["predicted"][i], predicted)
+            for i, prompt, answer, predicted in changed[
+                ["prompt", "answer", "predicted"]
+            ].itertuples()
+        }
+        assert {tuple(row[:4]) for row in rows} == expected
+        assert len(rows) == len(expected) > 0
+
+    visit(folder / "report.html", 1200, look)
+
+
+def test_every_table_sorts_by_every_column(finished):
+    folder, result = finished
+    column = "[...document.querySelectorAll('#table-frozen tbody tr')].map(r => r.cells[{}].{})"
+
+    async def look(page):
+        # Both orders of every column, by the numbers behind the texts where there are numbers.
+        wrong = await page.ask(
+            """[...document.querySelectorAll('table.sortable th')].flatMap(th => {
+              const rows = () => [...th.closest('table').tBodies[0].rows]
+                .map(r => r.cells[th.cellIndex].dataset.value).filter(v => v !== '');
+              const compare = th.classList.contains('number')
+                ? (a, b) => a - b : (a, b) => a.localeCompare(b, undefined, {numeric: true});
+              const before = rows();
+              return [['ascending', 1], ['descending', -1]].flatMap(([state, sign]) => {
+                th.querySelector('button').click();
+                const now = rows();
+                const right = th.getAttribute('aria-sort') === state && now.length === before.length
+                  && now.every((v, i) => i === 0 || sign * compare(now[i - 1], v) <= 0)
+                  && [...now].sort().join() === [...before].sort().join();
+                return right ? [] : [th.textContent + ' ' + state];
+              });
+            })"""
+        )
+        assert wrong == []
+        await page.ask("document.querySelector('#table-frozen th:nth-child(6) button').click()")
+        scores = result.frozen.to_pandas().merge(result.scores.to_pandas())["delta_loss"]
+        shown = [float(v) for v in await page.ask(column.format(5, "dataset.value"))]
+        np.testing.assert_array_equal(shown, np.sort(scores.to_numpy()))
+        states = await page.ask(
+            "[...document.querySelectorAll('#table-frozen th')].map(t => t.ariaSort)"
+        )
+        assert states == ["none"] * 5 + ["ascending", "none"]
+        focus = await page.ask(
+            "document.querySelector('#table-frozen th button').focus(),"
+            " document.activeElement.tagName"
+        )
+        assert focus == "BUTTON"
+
+    visit(folder / "report.html", 1200, look)
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(finished):
+    folder, _ = finished
+
+    async def look(page):
+        assert await page.ask("document.documentElement.scrollWidth") <= 390
+        wide = await page.ask(
+            "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, pre'))"
+            ".filter(e => e.getBoundingClientRect().right > 390).map(e => e.outerHTML.slice(0, 80))"
+        )
+        assert wide == []
+        assert await faults_of_text(page, smallest=12) == []
+        assert page.problems == []
+
+    visit(folder / "report.html", 390, look)
+
+
+def test_in_print_figures_and_tables_fit_the_paper(finished):
+    folder, _ = finished
+
+    async def look(page):
+        await page.send("Emulation.setEmulatedMedia", media="print")
+        await page.frames()
+        await page.resize(690)  # A4 within its margins
+        await page.frames()
+        cut = await page.ask(
+            "[...document.querySelectorAll('main *')].filter(e =>"
+            " e.getBoundingClientRect().right > 691).map(e => e.outerHTML.slice(0, 80))"
+        )
+        assert cut == []
+        hidden = await page.ask(
+            "[...document.querySelectorAll('.scroll')].filter(e => e.scrollHeight >"
+            " e.clientHeight + 1 && getComputedStyle(e).overflowY !== 'visible').length"
+        )
+        assert hidden == 0
+
+    visit(folder / "report.html", 1000, look)
+
+
+def test_without_the_model_the_page_says_why(copy):
+    runner = CliRunner()
+    found = runner.invoke(app, ["report", str(copy), "--no-circuit"])
+    assert found.exit_code == 0, found.output
+    assert "--no-circuit" in page_text(copy)
+    assert 'id="figure-circuit"' not in page_text(copy)
+    assert 'id="figure-spectrum"' in page_text(copy)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("model: arith-tiny", "model: /gone/away.gguf"))
+    out = copy / "elsewhere" / "page.html"
+    found = runner.invoke(app, ["report", str(copy), "--out", str(out)])
+    assert found.exit_code == 0, found.output
+    assert "No such GGUF file: /gone/away.gguf" in html.unescape(out.read_text(encoding="utf-8"))
+
+
+def test_another_model_is_not_taken_for_that_of_the_run(copy, tiny_folder):
+    config = copy / "config.yaml"
+    other = str(tiny_folder("llama"))
+    config.write_text(config.read_text().replace("model: arith-tiny", f"model: {other}"))
+    write_report(copy)
+    assert "other weights" in page_text(copy)
+    assert 'id="figure-circuit"' not in page_text(copy)
+
+
+def test_what_is_no_finished_run_is_refused_with_what_to_do(copy, tmp_path):
+    runner = CliRunner()
+    (copy / "after.parquet").unlink()
+    found = runner.invoke(app, ["report", str(copy)])
+    assert found.exit_code == 2
+    message = " ".join(found.output.split())
+    assert "after.parquet is not there" in message
+    assert "eigenlens run --config" in message
+    found = runner.invoke(app, ["report", str(tmp_path / "nothing")])
+    assert found.exit_code == 2
+    assert "is no run folder" in " ".join(found.output.split())
+    assert not (copy / "report.html").exists()
+
+
+def test_texts_of_a_task_stay_texts(copy):
+    """A prompt with markup is shown letter by letter and runs nothing."""
+    nasty = "</td></script><script>document.title='run'</script><b>&amp;"
+    for name in ("before", "after"):
+        e = Evaluation.load(copy / f"{name}.parquet")
+        replace(e, examples=e.examples.assign(prompt=nasty)).save(copy / f"{name}.parquet")
+    write_report(copy, inside=False)
+
+    async def look(page):
+        assert page.problems == []
+        assert "eigenlens report" in await page.ask("document.title")
+        shown = await page.ask("document.querySelector('#table-changed tbody td').textContent")
+        assert shown == nasty
+
+    visit(copy / "report.html", 1200, look)
+
+
+def test_a_run_that_froze_nothing_has_a_report(copy, finished):
+    _, result = finished
+    nothing = FrozenSet.from_scores(result.scores, np.array([], dtype=int))
+    nothing.save(copy / "frozen.safetensors")
+    shutil.copy(copy / "before.parquet", copy / "after.parquet")
+    write_report(copy)
+    text = page_text(copy)
+    assert "There are no pruned paths" in text
+    assert "No answer changed" in text
+    assert 'id="figure-map"' not in text
