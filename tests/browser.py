@@ -4,8 +4,8 @@ The driver is kaleido's (choreographer): where static figures can be drawn, page
 """
 
 import asyncio
-import base64
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,107 +13,98 @@ import pytest
 
 from eigenlens.plots.export import StaticExportError, find_browser
 
+_DRAWN = "new Promise(r => setTimeout(() => requestAnimationFrame(r), 300))"
 
-def browser_path() -> str:
-    """Path of the browser; skips the test, with the reason, where there is none."""
+
+@contextmanager
+def visit(file: Path, width: int) -> Iterator["Page"]:
+    """Open a file in a window of this width; skips the test, with the reason, without a browser."""
     try:
-        return find_browser()
+        path = find_browser()
     except StaticExportError as error:
         pytest.skip(str(error))
+    import choreographer
+
+    with asyncio.Runner() as runner:
+        browser = choreographer.Browser(path=path)
+        runner.run(browser.open())
+        try:
+            page = Page(runner, runner.run(browser.create_tab("about:blank")))
+            page.open(file, width)
+            yield page
+        finally:
+            runner.run(browser.close())
 
 
 class Page:
     """An open page: what it logged and requested, and what it answers to questions."""
 
-    def __init__(self, tab: Any) -> None:
+    def __init__(self, runner: asyncio.Runner, tab: Any) -> None:
+        self._runner = runner
         self._tab = tab
         self.problems: list[str] = []
         self.requests: list[str] = []
-
-    async def send(self, command: str, **params: Any) -> dict[str, Any]:
-        """A command of the protocol."""
-        answer = await self._tab.send_command(command, params=params)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    async def open(self, file: Path, width: int, height: int = 900) -> None:
-        """Show a file in a window of this size, until its figures are drawn."""
-
-        async def log(event: dict[str, Any]) -> None:
-            entry = event["params"].get("entry", {})
-            if entry.get("level") in ("warning", "error"):
-                self.problems.append(entry["text"])
-
-        async def console(event: dict[str, Any]) -> None:
-            if event["params"]["type"] in ("error", "warning", "assert"):
-                self.problems.append(str(event["params"]["args"]))
-
-        async def thrown(event: dict[str, Any]) -> None:
-            self.problems.append(str(event["params"]["exceptionDetails"]))
-
-        async def request(event: dict[str, Any]) -> None:
-            self.requests.append(event["params"]["request"]["url"])
-
-        self._tab.subscribe("Log.entryAdded", log)
-        self._tab.subscribe("Runtime.consoleAPICalled", console)
-        self._tab.subscribe("Runtime.exceptionThrown", thrown)
-        self._tab.subscribe("Network.requestWillBeSent", request)
+        for event in ("Log.entryAdded", "Runtime.*", "Network.requestWillBeSent"):
+            tab.subscribe(event, self._note)
         for domain in ("Log", "Runtime", "Network", "Page"):
-            await self.send(f"{domain}.enable")
-        await self.resize(width, height)
-        loaded = self._tab.subscribe_once("Page.loadEventFired")
-        await self.send("Page.navigate", url=file.resolve().as_uri())
-        await loaded
-        await self.frames()
+            self.send(f"{domain}.enable")
 
-    async def resize(self, width: int, height: int = 900) -> None:
-        """Another size of the window, as on a phone below 500 pixels."""
-        await self.send(
+    async def _note(self, event: dict[str, Any]) -> None:
+        what = event["params"]
+        if event["method"] == "Network.requestWillBeSent":
+            self.requests.append(what["request"]["url"])
+        elif event["method"] == "Runtime.exceptionThrown":
+            self.problems.append(str(what["exceptionDetails"]))
+        elif what.get("entry", {}).get("level") in ("warning", "error"):
+            self.problems.append(what["entry"]["text"])
+        elif event["method"] == "Runtime.consoleAPICalled" and what["type"] in (
+            "assert",
+            "error",
+            "warning",
+        ):
+            self.problems.append(str(what["args"]))
+
+    def send(self, command: str, **params: Any) -> dict[str, Any]:
+        """A command of the protocol."""
+        answer = self._runner.run(self._send(command, params))
+        assert "error" not in answer, answer
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    async def _send(self, command: str, params: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = await self._tab.send_command(command, params=params)
+        return answer
+
+    def open(self, file: Path, width: int) -> None:
+        """Show a file in a window of this width, until its figures are drawn."""
+        self.resize(width)
+
+        async def navigate() -> None:
+            loaded = self._tab.subscribe_once("Page.loadEventFired")
+            await self._send("Page.navigate", {"url": file.resolve().as_uri()})
+            await loaded
+
+        self._runner.run(navigate())
+        self.ask(_DRAWN)
+
+    def resize(self, width: int) -> None:
+        """Another width of the window; a phone's below 500 pixels."""
+        self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
-            height=height,
+            height=900,
             deviceScaleFactor=1,
             mobile=width < 500,
         )
+        self.ask(_DRAWN)
 
-    async def frames(self) -> None:
-        """Wait until what was asked for is drawn."""
-        await self.ask("new Promise(r => setTimeout(() => requestAnimationFrame(r), 300))")
-
-    async def ask(self, script: str) -> Any:
+    def ask(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""
-        answer = await self.send(
+        answer = self.send(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
-
-    async def screenshot(self, file: Path) -> None:
-        """The whole page as PNG."""
-        answer = await self.send("Page.captureScreenshot", captureBeyondViewport=True)
-        file.write_bytes(base64.b64decode(answer["data"]))
-
-    async def pdf(self, file: Path) -> None:
-        """The page as it is printed on A4."""
-        answer = await self.send(
-            "Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.69
-        )
-        file.write_bytes(base64.b64decode(answer["data"]))
-
-
-def visit(file: Path, width: int, look: Callable[[Page], Awaitable[None]]) -> None:
-    """Open a file in a window of this width and do something with the page."""
-    path = browser_path()
-
-    async def session() -> None:
-        import choreographer
-
-        async with choreographer.Browser(path=path) as browser:
-            page = Page(await browser.create_tab("about:blank"))
-            await page.open(file, width)
-            await look(page)
-
-    asyncio.run(session())
 
 
 # Texts of plotly figures: each with its box in the window, and the box of its figure.
@@ -130,9 +121,9 @@ _TEXTS = """[...document.querySelectorAll('.js-plotly-plot')].flatMap(figure => 
 _SLACK = 2.0  # pixels: line boxes are a little larger than the letters in them
 
 
-async def faults_of_text(page: Page, smallest: float) -> list[str]:
+def faults_of_text(page: Page, smallest: float) -> list[str]:
     """Texts of the page's figures that are too small, cut off, or on top of another text."""
-    texts = await page.ask(_TEXTS)
+    texts = page.ask(_TEXTS)
     assert texts
     faults = [
         f"{t['text']!r} is {'cut off' if t['cut'] else 'small'}: {t}"

@@ -41,6 +41,13 @@ def finished(tmp_path_factory):
     return folder, result
 
 
+@pytest.fixture(scope="module")
+def page(finished):
+    """The report in a browser."""
+    with visit(finished[0] / "report.html", 1200) as page:
+        yield page
+
+
 @pytest.fixture
 def copy(finished, tmp_path):
     """The run folder again, to be changed, without a report."""
@@ -81,115 +88,94 @@ def test_numbers_config_and_versions_are_those_of_the_run(finished, tmp_path):
     assert result.scores.provenance.model_fingerprint in text
 
 
-def test_in_a_browser_it_is_whole_and_asks_for_nothing(finished):
+def test_in_a_browser_it_is_whole_and_asks_for_nothing(finished, page):
     folder, result = finished
     was, now = result.before.examples, result.after.examples
     changed = now[(was["predicted"] != now["predicted"]) | (was["correct"] != now["correct"])]
-
-    async def look(page):
-        assert page.problems == []
-        own = (folder / "report.html").resolve().as_uri()
-        assert [url for url in page.requests if url != own and not url.startswith("data:")] == []
-        drawn = await page.ask(
-            "Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].map(f => [f.id,"
-            " f.querySelectorAll('.points path, .lines path, image, canvas').length]))"
-        )
-        assert set(drawn) == {f"figure-{name}" for name in FIGURES}
-        assert all(drawn.values())
-        assert await faults_of_text(page, smallest=12) == []
-        rows = await page.ask(
-            "[...document.querySelectorAll('#table-changed tbody tr')]"
-            ".map(r => [...r.cells].map(c => c.textContent))"
-        )
-        expected = {
-            (prompt, answer, was["predicted"][i], predicted)
-            for i, prompt, answer, predicted in changed[
-                ["prompt", "answer", "predicted"]
-            ].itertuples()
-        }
-        assert {tuple(row[:4]) for row in rows} == expected
-        assert len(rows) == len(expected) > 0
-
-    visit(folder / "report.html", 1200, look)
+    assert page.problems == []
+    own = (folder / "report.html").resolve().as_uri()
+    assert [url for url in page.requests if url != own and not url.startswith("data:")] == []
+    drawn = page.ask(
+        "Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].map(f => [f.id,"
+        " f.querySelectorAll('.points path, .lines path, image, canvas').length]))"
+    )
+    assert set(drawn) == {f"figure-{name}" for name in FIGURES}
+    assert all(drawn.values())
+    assert faults_of_text(page, smallest=12) == []
+    rows = page.ask(
+        "[...document.querySelectorAll('#table-changed tbody tr')]"
+        ".map(r => [...r.cells].map(c => c.textContent))"
+    )
+    expected = {
+        (prompt, answer, was["predicted"][i], predicted)
+        for i, prompt, answer, predicted in changed[["prompt", "answer", "predicted"]].itertuples()
+    }
+    assert {tuple(row[:4]) for row in rows} == expected
+    assert len(rows) == len(expected) > 0
 
 
-def test_every_table_sorts_by_every_column(finished):
-    folder, result = finished
+def test_every_table_sorts_by_every_column(finished, page):
+    _, result = finished
     column = "[...document.querySelectorAll('#table-frozen tbody tr')].map(r => r.cells[{}].{})"
-
-    async def look(page):
-        # Both orders of every column, by the numbers behind the texts where there are numbers.
-        wrong = await page.ask(
-            """[...document.querySelectorAll('table.sortable th')].flatMap(th => {
-              const rows = () => [...th.closest('table').tBodies[0].rows]
-                .map(r => r.cells[th.cellIndex].dataset.value).filter(v => v !== '');
-              const compare = th.classList.contains('number')
-                ? (a, b) => a - b : (a, b) => a.localeCompare(b, undefined, {numeric: true});
-              const before = rows();
-              return [['ascending', 1], ['descending', -1]].flatMap(([state, sign]) => {
-                th.querySelector('button').click();
-                const now = rows();
-                const right = th.getAttribute('aria-sort') === state && now.length === before.length
-                  && now.every((v, i) => i === 0 || sign * compare(now[i - 1], v) <= 0)
-                  && [...now].sort().join() === [...before].sort().join();
-                return right ? [] : [th.textContent + ' ' + state];
-              });
-            })"""
-        )
-        assert wrong == []
-        await page.ask("document.querySelector('#table-frozen th:nth-child(6) button').click()")
-        scores = result.frozen.to_pandas().merge(result.scores.to_pandas())["delta_loss"]
-        shown = [float(v) for v in await page.ask(column.format(5, "dataset.value"))]
-        np.testing.assert_array_equal(shown, np.sort(scores.to_numpy()))
-        states = await page.ask(
-            "[...document.querySelectorAll('#table-frozen th')].map(t => t.ariaSort)"
-        )
-        assert states == ["none"] * 5 + ["ascending", "none"]
-        focus = await page.ask(
-            "document.querySelector('#table-frozen th button').focus(),"
-            " document.activeElement.tagName"
-        )
-        assert focus == "BUTTON"
-
-    visit(folder / "report.html", 1200, look)
+    # Both orders of every column, by the numbers behind the texts where there are numbers.
+    wrong = page.ask(
+        """[...document.querySelectorAll('table.sortable th')].flatMap(th => {
+          const rows = () => [...th.closest('table').tBodies[0].rows]
+            .map(r => r.cells[th.cellIndex].dataset.value).filter(v => v !== '');
+          const compare = th.classList.contains('number')
+            ? (a, b) => a - b : (a, b) => a.localeCompare(b, undefined, {numeric: true});
+          const before = rows();
+          return [['ascending', 1], ['descending', -1]].flatMap(([state, sign]) => {
+            th.querySelector('button').click();
+            const now = rows();
+            const right = th.getAttribute('aria-sort') === state && now.length === before.length
+              && now.every((v, i) => i === 0 || sign * compare(now[i - 1], v) <= 0)
+              && [...now].sort().join() === [...before].sort().join();
+            return right ? [] : [th.textContent + ' ' + state];
+          });
+        })"""
+    )
+    assert wrong == []
+    page.ask("document.querySelector('#table-frozen th:nth-child(6) button').click()")
+    scores = result.frozen.to_pandas().merge(result.scores.to_pandas())["delta_loss"]
+    shown = [float(v) for v in page.ask(column.format(5, "dataset.value"))]
+    np.testing.assert_array_equal(shown, np.sort(scores.to_numpy()))
+    states = page.ask("[...document.querySelectorAll('#table-frozen th')].map(t => t.ariaSort)")
+    assert states == ["none"] * 5 + ["ascending", "none"]
+    focus = page.ask(
+        "document.querySelector('#table-frozen th button').focus(), document.activeElement.tagName"
+    )
+    assert focus == "BUTTON"
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(finished):
     folder, _ = finished
-
-    async def look(page):
-        assert await page.ask("document.documentElement.scrollWidth") <= 390
-        wide = await page.ask(
+    with visit(folder / "report.html", 390) as page:
+        assert page.ask("document.documentElement.scrollWidth") <= 390
+        wide = page.ask(
             "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, pre'))"
             ".filter(e => e.getBoundingClientRect().right > 390).map(e => e.outerHTML.slice(0, 80))"
         )
         assert wide == []
-        assert await faults_of_text(page, smallest=12) == []
+        assert faults_of_text(page, smallest=12) == []
         assert page.problems == []
 
-    visit(folder / "report.html", 390, look)
 
-
-def test_in_print_figures_and_tables_fit_the_paper(finished):
-    folder, _ = finished
-
-    async def look(page):
-        await page.send("Emulation.setEmulatedMedia", media="print")
-        await page.frames()
-        await page.resize(690)  # A4 within its margins
-        await page.frames()
-        cut = await page.ask(
-            "[...document.querySelectorAll('main *')].filter(e =>"
-            " e.getBoundingClientRect().right > 691).map(e => e.outerHTML.slice(0, 80))"
-        )
-        assert cut == []
-        hidden = await page.ask(
-            "[...document.querySelectorAll('.scroll')].filter(e => e.scrollHeight >"
-            " e.clientHeight + 1 && getComputedStyle(e).overflowY !== 'visible').length"
-        )
-        assert hidden == 0
-
-    visit(folder / "report.html", 1000, look)
+def test_in_print_figures_and_tables_fit_the_paper(page):
+    page.send("Emulation.setEmulatedMedia", media="print")
+    page.resize(690)  # A4 within its margins
+    cut = page.ask(
+        "[...document.querySelectorAll('main *')].filter(e =>"
+        " e.getBoundingClientRect().right > 691).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert cut == []
+    hidden = page.ask(
+        "[...document.querySelectorAll('.scroll')].filter(e => e.scrollHeight >"
+        " e.clientHeight + 1 && getComputedStyle(e).overflowY !== 'visible').length"
+    )
+    assert hidden == 0
+    page.send("Emulation.setEmulatedMedia", media="")
+    page.resize(1200)
 
 
 def test_without_the_model_the_page_says_why(copy):
@@ -237,14 +223,11 @@ def test_texts_of_a_task_stay_texts(copy):
         e = Evaluation.load(copy / f"{name}.parquet")
         replace(e, examples=e.examples.assign(prompt=nasty)).save(copy / f"{name}.parquet")
     write_report(copy, inside=False)
-
-    async def look(page):
+    with visit(copy / "report.html", 1200) as page:
         assert page.problems == []
-        assert "eigenlens report" in await page.ask("document.title")
-        shown = await page.ask("document.querySelector('#table-changed tbody td').textContent")
+        assert "eigenlens report" in page.ask("document.title")
+        shown = page.ask("document.querySelector('#table-changed tbody td').textContent")
         assert shown == nasty
-
-    visit(copy / "report.html", 1200, look)
 
 
 def test_a_run_that_froze_nothing_has_a_report(copy, finished):
