@@ -4,6 +4,7 @@ Eigenpruning in one shot is the ranking by score; its controls change the rankin
 does, and nothing else.
 """
 
+import json
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,7 +103,7 @@ class ShuffledLabels(OneShot):
     def ranking(self, search: Search) -> Scores:
         """Scores on permuted answers."""
         task = replace(search.task, train=shuffled_answers(search.task.train, search.seed))
-        return train_scores(replace(search, task=task), criterion=self.criterion)
+        return train_scores(replace(search, task=task, shared={}), criterion=self.criterion)
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,22 @@ def shuffled_answers(data: Dataset, seed: int) -> Dataset:
 
 
 def train_scores(search: Search, **options: Any) -> Scores:
-    """Scores on the train split; their means are what freezing needs."""
-    return score(
-        search.model,
-        search.spectra,
-        search.task.train,
-        batch_size=search.batch_size,
-        seed=search.seed,
-        progress=False,
-        **options,
-    )
+    """Scores on the train split; their means are what freezing needs.
+
+    They do not depend on the seed as long as means replace, so repetitions may share them.
+    """
+    key = json.dumps(options, sort_keys=True)
+    if key not in search.shared:
+        search.shared[key] = score(
+            search.model,
+            search.spectra,
+            search.task.train,
+            batch_size=search.batch_size,
+            n_positions=search.n_positions,
+            progress=False,
+            **options,
+        )
+    return search.shared[key]
 
 
 def ranked_by(scores: Scores, values: np.ndarray) -> Scores:
