@@ -15,7 +15,7 @@ from datasets import Dataset
 from eigenlens.baselines.baseline import Baseline, Search
 from eigenlens.baselines.edits import FrozenEdit
 from eigenlens.freezing import FrozenSet
-from eigenlens.scoring import Scores, score
+from eigenlens.scoring import Criterion, Reference, Scores, score
 from eigenlens.selection import select
 
 FRACTIONS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -58,10 +58,12 @@ class OneShot(Ranked):
     """Eigenpruning in one shot: components ranked by their scores.
 
     Attributes:
-        criterion: as for :func:`eigenlens.score`.
+        criterion, reference: as for :func:`eigenlens.score`; the reference is also what takes the
+            place of a frozen component's activation, but for ``resample``, where its mean does.
     """
 
-    criterion: str = "margin"
+    criterion: Criterion = "margin"
+    reference: Reference = "mean"
 
     @property
     def name(self) -> str:
@@ -70,7 +72,10 @@ class OneShot(Ranked):
 
     def ranking(self, search: Search) -> Scores:
         """Scores by the criterion."""
-        return train_scores(search, criterion=self.criterion)
+        options = {"criterion": self.criterion, "reference": self.reference}
+        if self.reference == "resample":
+            options["seed"] = search.seed
+        return train_scores(search, **options)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class ShuffledLabels(OneShot):
     def ranking(self, search: Search) -> Scores:
         """Scores on permuted answers."""
         task = replace(search.task, train=shuffled_answers(search.task.train, search.seed))
-        return train_scores(replace(search, task=task, shared={}), criterion=self.criterion)
+        return super().ranking(replace(search, task=task, shared={}))
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ class _Strict(BaseModel):
 
 
 class Data(_Strict):
-    """A task and how much of it is run at a time."""
+    """A task, how much of it is run at a time, and on which models (default: all)."""
 
     task: str
     arguments: dict[str, Any] = Field(default_factory=dict)
     batch_size: int = Field(default=50, ge=1)
+    models: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
@@ -41,14 +42,12 @@ class Setting(Data):
     """A task that methods are run on.
 
     Attributes:
-        models: run on these only.
         seeds: of the splits, in place of the study's.
         n_positions: as for :func:`eigenlens.score`; long prompts need few.
         methods: labels of the methods to run; default all.
         options: arguments of a method that are other than usual for this task, by label.
     """
 
-    models: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
     n_positions: int | None = Field(default=None, ge=0)
     methods: tuple[str, ...] | None = None

@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
+import plotly.graph_objects as go
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines import Edit, FitResult, FrozenEdit, load_edit, measure
 from eigenlens.evaluation import Evaluation, majority_accuracy, perplexity
-from eigenlens.experiments.config import Data, Method, Setting, StudyConfig
-from eigenlens.experiments.result import Parts
+from eigenlens.experiments.config import CONFIGS, Data, Method, Setting, StudyConfig
+from eigenlens.experiments.result import ExperimentResult, Parts
 from eigenlens.freezing import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.monitors import output_statistics
@@ -27,6 +28,20 @@ from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
 from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
+
+
+class GridStudy(Protocol):
+    """What a module says about the table that :func:`run_grid` makes."""
+
+    def text(self, table: pd.DataFrame) -> str:
+        """The sentences of the page."""
+
+    def summary(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table of the page."""
+
+    def figure(self, table: pd.DataFrame) -> go.Figure:
+        """The figure of the page."""
+
 
 _SEEDS_PER_DRAW = 1000  # seeds of two draws never meet
 
@@ -105,8 +120,8 @@ def run_grid(config: StudyConfig, parts: Path | None = None) -> pd.DataFrame:
 
     Returns:
         One row per cell and measured data: ``model, label, seed, method, draw, cell``, then
-        ``data`` (empty for the cell's own test split), ``right, n, loss, choice_right`` and what
-        the method cost.
+        ``data`` (empty for the cell's own test split), its ``task``, ``right, n, loss,
+        choice_right`` and what the method cost.
     """
     planned = list(cells(config))
     bench = _Bench(Parts(parts), parts)
@@ -116,7 +131,8 @@ def run_grid(config: StudyConfig, parts: Path | None = None) -> pd.DataFrame:
         bar.set_postfix_str(f"{cell.model}, {cell.label}, {cell.name}")
         rows += bench.rows(cell)
         for label, probe in config.probes.items():
-            rows += bench.probe(cell, label, probe)
+            if probe.models is None or cell.model in probe.models:
+                rows += bench.probe(cell, label, probe)
     return pd.DataFrame(rows)
 
 
@@ -136,7 +152,7 @@ class _Bench:
         return [{**_names(cell), **row} for row in found]
 
     def probe(self, cell: Cell, label: str, probe: Data) -> list[dict[str, Any]]:
-        unique = text_hash([probe.model_dump_json(), str(cell.seed)])[:12]
+        unique = text_hash([probe.model_dump_json(exclude={"models"}), str(cell.seed)])[:12]
         key = f"{cell.key}_on_{probe.task}_{unique}"
         found = self._parts.do(key, partial(self._probe, cell, probe))
         return [{**_names(cell), "data": label, **row} for row in found]
@@ -159,7 +175,7 @@ class _Bench:
         )
         self._keep(cell, found.edit)
         test = measure(loaded.model, task.test, found.edit, batch_size=cell.setting.batch_size)
-        return [{"data": "", **_measured(test), **_found(found, task)}]
+        return [{"data": "", "task": cell.setting.task, **_measured(test), **_found(found, task)}]
 
     def _probe(self, cell: Cell, probe: Data) -> list[dict[str, Any]]:
         loaded = self._model(cell.model)
@@ -174,7 +190,7 @@ class _Bench:
             text = (
                 None if chosen_from else perplexity(loaded.model, put, batch_size=probe.batch_size)
             )
-        return [{**_measured(test), **statistics.summary(), "perplexity": text}]
+        return [{"task": probe.task, **_measured(test), **statistics.summary(), "perplexity": text}]
 
     def _scores_of_draws(self, cell: Cell) -> dict[str, Scores]:
         """One dictionary for all draws of a method: they differ in their seed only."""
@@ -263,3 +279,32 @@ def _found(found: FitResult, task: Task) -> dict[str, Any]:
         "majority": majority_accuracy(task.train, task.test),
         **found.cost.summary(),
     }
+
+
+def grid_result(
+    study: GridStudy,
+    name: str,
+    models: tuple[str, ...] | None,
+    config: Path | None,
+    parts: Path | None,
+) -> ExperimentResult:
+    """Run a study of this kind, from its own file or another one.
+
+    Args:
+        study: the module that shows what was measured.
+        name: of the study and of its file in ``experiments/configs``.
+        models: in place of the file's.
+        config: YAML file in place of the study's own.
+        parts: folder of this study's parts; cells lie beside it, where all studies find them.
+    """
+    read = StudyConfig.read(config or CONFIGS / f"{name}.yaml")
+    read = read.of_models(models) if models else read
+    table = run_grid(read, parts.parent / "cells" if parts is not None else None)
+    return ExperimentResult(
+        name=name,
+        table=table,
+        summary=study.summary(table),
+        figure=study.figure(table),
+        settings={"models": ", ".join(read.models), "seeds": ", ".join(map(str, read.seeds))},
+        text=study.text(table),
+    )
