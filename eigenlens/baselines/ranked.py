@@ -72,7 +72,7 @@ class OneShot(Ranked):
 
     def ranking(self, search: Search) -> Scores:
         """Scores by the criterion."""
-        options = {"criterion": self.criterion, "reference": self.reference}
+        options: dict[str, Any] = {"criterion": self.criterion, "reference": self.reference}
         if self.reference == "resample":
             options["seed"] = search.seed
         return train_scores(search, **options)
