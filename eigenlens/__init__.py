@@ -1,6 +1,8 @@
 """eigenlens: find, freeze and explain the singular directions of transformer weights."""
 
 from eigenlens import plots
+from eigenlens.activations import ActivationChange, activation_change
+from eigenlens.circuits import Circuit, Readout, circuit, composition, cut_paths, readout
 from eigenlens.evaluation import (
     Comparison,
     Evaluation,
@@ -20,17 +22,24 @@ from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
 
 __all__ = [
+    "ActivationChange",
+    "Circuit",
     "Comparison",
     "EigenpruneConfig",
     "EigenpruneResult",
     "Evaluation",
     "FrozenSet",
     "Protection",
+    "Readout",
     "Scores",
     "SearchResult",
     "Spectra",
     "Task",
+    "activation_change",
+    "circuit",
     "compare",
+    "composition",
+    "cut_paths",
     "decompose",
     "eigenprune",
     "evaluate",
@@ -44,6 +53,7 @@ __all__ = [
     "one_shot",
     "perplexity",
     "plots",
+    "readout",
     "score",
     "select",
     "weight_matrices",

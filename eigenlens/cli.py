@@ -1,4 +1,4 @@
-"""The command line: ``eigenlens run``, ``models``, ``tasks``, ``experiment``, ``bench``."""
+"""The command line: ``eigenlens run``, ``report``, ``experiment``, ``figures`` and more."""
 
 import inspect
 import warnings
@@ -25,11 +25,13 @@ def _clear_errors() -> Iterator[None]:
     """Turn what a user can mend into one sentence and exit code 2."""
     from transformers.utils import logging as transformers_logging
 
+    from eigenlens.plots.export import StaticExportError
+
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, StaticExportError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False)
         raise typer.Exit(2) from error
 
@@ -192,7 +194,7 @@ def experiment(
 
         if name not in EXPERIMENTS:
             raise ValueError(f"Unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
-        study = EXPERIMENTS[name]
+        study = EXPERIMENTS[name].run
         options: dict[str, Any] = {"models": tuple(model)} if model else {}
         if "parts" in inspect.signature(study).parameters:
             options["parts"] = parts / name
@@ -200,6 +202,27 @@ def experiment(
         result.save(out)
         console.print(result.summary.to_markdown(index=False))
         console.print(f"Written to {out}/{name}.*")
+
+
+@app.command()
+def figures(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Studies (default: all whose tables are there).")
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="svg, pdf, png, html (default: all).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of tables, pages and figures.")] = Path(
+        "figures"
+    ),
+) -> None:
+    """Draw the figures of the studies again from their stored tables."""
+    with _clear_errors():
+        from eigenlens.experiments.figures import redraw
+        from eigenlens.plots.export import FORMATS
+
+        for result in redraw(out, names or (), formats or FORMATS):
+            console.print(f"Drawn: {out}/{result.name}.*")
 
 
 @app.command()

@@ -143,3 +143,25 @@ def load_table(path: str | os.PathLike[str], kind: str) -> tuple[pd.DataFrame, d
     header = (arrow.schema.metadata or {}).get(_HEADER.encode())
     metadata = _check_header(path, kind, header.decode() if header else None)
     return arrow.to_pandas(), metadata
+
+
+def save_record(path: str | os.PathLike[str], kind: str, record: Mapping[str, Any]) -> None:
+    """Write a JSON object with a header, atomically."""
+    write_json(path, {_HEADER: json.loads(_header(kind, {})), **record})
+
+
+def load_record(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """Read back what :func:`save_record` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: the file is truncated, foreign, or of another kind.
+    """
+    path = _existing(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileFormatError(f"{path} is truncated or not a JSON file ({error}).") from error
+    header = record.pop(_HEADER, None) if isinstance(record, dict) else None
+    _check_header(path, kind, json.dumps(header) if header else None)
+    return record

@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
 MATRIX_KINDS = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
+MLP_KINDS = MATRIX_KINDS[4:]  # single maps, without heads
 
 _MODULES = {
     "W_Q": "attn.q",

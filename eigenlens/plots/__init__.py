@@ -1,7 +1,29 @@
 """Figures from result objects; each function returns a plotly ``Figure``."""
 
+from eigenlens.plots.activations import activation_change
+from eigenlens.plots.attention import attention_change, attention_heads
+from eigenlens.plots.circuit import circuit
+from eigenlens.plots.cuts import path_cuts
 from eigenlens.plots.faithfulness import exact_against_estimate, faithfulness
+from eigenlens.plots.methods import methods
+from eigenlens.plots.pruned_map import pruned_map
 from eigenlens.plots.search import search_trace
+from eigenlens.plots.singular_values import singular_values
 from eigenlens.plots.spectra import spectrum
+from eigenlens.plots.transfer import transfer
 
-__all__ = ["exact_against_estimate", "faithfulness", "search_trace", "spectrum"]
+__all__ = [
+    "activation_change",
+    "attention_change",
+    "attention_heads",
+    "circuit",
+    "exact_against_estimate",
+    "faithfulness",
+    "methods",
+    "path_cuts",
+    "pruned_map",
+    "search_trace",
+    "singular_values",
+    "spectrum",
+    "transfer",
+]

@@ -1,4 +1,7 @@
-"""The score spectrum: predicted effect of freezing against the index of the singular value."""
+"""The score spectrum: predicted effect of freezing against a singular value's index or size."""
+
+from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -6,66 +9,97 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eigenlens.freezing import FrozenSet
-from eigenlens.matrices import MATRIX_KINDS
-from eigenlens.plots.style import GREY, SIGN, TEMPLATE, VERMILION, signed_log, signed_log_ticks
+from eigenlens.matrices import MATRIX_KINDS, MLP_KINDS
+from eigenlens.plots.style import (
+    FULL_WIDTH,
+    GREY,
+    SIGN,
+    TEMPLATE,
+    VERMILION,
+    heading,
+    signed_log,
+    signed_log_ticks,
+)
 from eigenlens.scoring import Scores
 from eigenlens.scoring.scores import COMPONENT
 
+Against = Literal["index", "sigma"]
+
 _MOST_POINTS = 3000
+_MOST_BARS = 300
+_MOST_PANELS = 32
 _UNIT = 1e-6
-_PANEL, _GAP = 190, 100  # pixels
+_PANEL, _GAP, _TOP, _BOTTOM = 190, 100, 130, 60  # pixels
+_TITLES = {"index": "singular value index", "sigma": "singular value σ"}
 
 
-def spectrum(scores: Scores, frozen: FrozenSet | None = None) -> go.Figure:
-    """Score of every component against its index, one panel per matrix kind.
+def spectrum(
+    scores: Scores,
+    frozen: FrozenSet | None = None,
+    *,
+    against: Against = "index",
+    matrix: str | None = None,
+    layer: int | None = None,
+) -> go.Figure:
+    """Score of every component against its index or its singular value.
 
-    The axis is linear within ±1e-6 nats and logarithmic outside. Panels with more than 3,000
-    components show the 1,000 highest, the 1,000 lowest and an even sample of the others.
+    One panel per matrix kind or, with ``matrix``, one per layer and head of that kind. The ΔL axis
+    is linear within ±1e-6 nats and logarithmic outside. Bars are standard errors of the mean effect
+    over examples, where they were computed and a panel shows at most 300 of a colour. Panels with
+    more than 3,000 components show the 1,000 highest, the 1,000 lowest and an even sample of the
+    others.
 
     Args:
         scores: what to show.
         frozen: mark these components.
+        against: ``index``, or ``sigma`` on a logarithmic axis (where σ = 0 has no place).
+        matrix: show only this kind, head by head.
+        layer: show only this layer.
+
+    Raises:
+        ValueError: no such scores, an unknown ``against``, or more than 32 panels.
     """
-    table = scores.to_pandas()
-    table["frozen"] = False
-    if frozen is not None:
-        keys = pd.MultiIndex.from_frame(frozen.components[COMPONENT])
-        table["frozen"] = pd.MultiIndex.from_frame(table[COMPONENT]).isin(keys)
-    kinds = [kind for kind in MATRIX_KINDS if kind in set(table["matrix"])]
-    columns = 2 if len(kinds) > 1 else 1
-    rows = -(-len(kinds) // columns)
+    if against not in _TITLES:
+        raise ValueError(f"Unknown against={against!r}; choose from {', '.join(_TITLES)}.")
+    table = _chosen(scores, frozen, matrix, layer)
+    panels = dict(_by_kind(table) if matrix is None else _by_head(table))
+    if len(panels) > _MOST_PANELS:
+        raise ValueError(f"{len(panels)} panels are more than {_MOST_PANELS}: give layer=.")
+    columns = min(len(panels), 2 if matrix is None else 4)
+    rows = -(-len(panels) // columns)
     inner = rows * _PANEL + (rows - 1) * _GAP
     figure = make_subplots(
         rows=rows,
         cols=columns,
-        subplot_titles=[f"W<sub>{kind[2:]}</sub>" for kind in kinds],
-        horizontal_spacing=0.12,
+        subplot_titles=list(panels),
+        horizontal_spacing=0.12 if columns == 2 else 0.06,
         vertical_spacing=_GAP / inner if rows > 1 else 0,
         shared_yaxes="all",
     )
-    ticks, labels = signed_log_ticks(table["delta_loss"].to_numpy(), _UNIT)
-    for place, kind in enumerate(kinds):
-        shown = _thinned(table[table["matrix"] == kind])
+    for place, own in enumerate(panels.values()):
+        shown = _thinned(own)
         for state, colour in ((False, GREY), (True, VERMILION)):
             figure.add_trace(
-                _points(shown[shown["frozen"] == state], state, colour, first=place == 0),
+                _points(shown[shown["frozen"] == state], against, state, colour, first=place == 0),
                 row=place // columns + 1,
                 col=place % columns + 1,
             )
-    figure.update_xaxes(title_text="singular value index")
-    figure.update_yaxes(
-        title_text="ΔL (nats)", tickvals=ticks, ticktext=labels, showticklabels=True
-    )
-    top, bottom = 130, 60
+    ticks, labels = signed_log_ticks(table["delta_loss"].to_numpy(), _UNIT)
+    figure.update_xaxes(title_text=_TITLES[against], type="log" if against == "sigma" else "linear")
+    figure.update_yaxes(tickvals=ticks, ticktext=labels, showticklabels=columns == 2)
+    figure.update_yaxes(showticklabels=True, title_text="ΔL (nats)", col=1)
+    if columns == 2:
+        figure.update_yaxes(title_text="ΔL (nats)")
+    if against == "sigma":
+        figure.update_xaxes(dtick="D2" if columns <= 2 else "D1")
     figure.update_layout(
         template=TEMPLATE,
-        title={
-            "text": f"Score spectrum, criterion {scores.criterion}<br><sup>{SIGN}</sup>",
-            "y": 1 - 30 / (inner + top + bottom),
-            "yanchor": "top",
-        },
-        height=inner + top + bottom,
-        margin={"t": top, "b": bottom},
+        title=heading(
+            f"Score spectrum, criterion {scores.criterion}", SIGN, inner + _TOP + _BOTTOM
+        ),
+        width=FULL_WIDTH,
+        height=inner + _TOP + _BOTTOM,
+        margin={"t": _TOP, "b": _BOTTOM},
         legend={
             "orientation": "h",
             "x": 1,
@@ -78,6 +112,36 @@ def spectrum(scores: Scores, frozen: FrozenSet | None = None) -> go.Figure:
     return figure
 
 
+def _chosen(
+    scores: Scores, frozen: FrozenSet | None, matrix: str | None, layer: int | None
+) -> pd.DataFrame:
+    table = scores.to_pandas().assign(frozen=False)
+    if frozen is not None:
+        keys = pd.MultiIndex.from_frame(frozen.components[COMPONENT])
+        table["frozen"] = pd.MultiIndex.from_frame(table[COMPONENT]).isin(keys)
+    for name, wanted in (("matrix", matrix), ("layer", layer)):
+        if wanted is None:
+            continue
+        if wanted not in set(table[name]):
+            known = ", ".join(str(value) for value in table[name].unique())
+            raise ValueError(f"No scores of {name} {wanted!r}; there are {known}.")
+        table = table[table[name] == wanted]
+    return table
+
+
+def _by_kind(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    for kind in MATRIX_KINDS:
+        if len(own := table[table["matrix"] == kind]):
+            yield f"W<sub>{kind[2:]}</sub>", own
+
+
+def _by_head(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    name = f"W<sub>{table['matrix'].iloc[0][2:]}</sub>"
+    for (layer, head), own in table.groupby(["layer", "head"]):
+        in_mlp = own["matrix"].iloc[0] in MLP_KINDS
+        yield f"layer {layer}, {name}" + ("" if in_mlp else f", head {head}"), own
+
+
 def _thinned(table: pd.DataFrame) -> pd.DataFrame:
     if len(table) <= _MOST_POINTS:
         return table
@@ -88,25 +152,29 @@ def _thinned(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([ranked.iloc[:third], even, ranked.iloc[-third:]])
 
 
-def _points(rows: pd.DataFrame, frozen: bool, colour: str, *, first: bool) -> go.Scattergl:
+def _points(
+    rows: pd.DataFrame, against: Against, frozen: bool, colour: str, *, first: bool
+) -> go.Scattergl:
     errors = None
-    if rows["stderr"].notna().any() and len(rows) <= 300:
+    if rows["stderr"].notna().any() and len(rows) <= _MOST_BARS:
         high = signed_log((rows["delta_loss"] + rows["stderr"]).to_numpy(), _UNIT)
         low = signed_log((rows["delta_loss"] - rows["stderr"]).to_numpy(), _UNIT)
         middle = signed_log(rows["delta_loss"].to_numpy(), _UNIT)
         errors = {"array": high - middle, "arrayminus": middle - low, "thickness": 1, "width": 0}
     return go.Scattergl(
-        x=rows["index"],
-        y=signed_log(rows["delta_loss"].to_numpy(), _UNIT),
+        # An empty trace draws no legend entry: the first panel always has one point.
+        x=rows[against] if len(rows) else [None],
+        y=signed_log(rows["delta_loss"].to_numpy(), _UNIT) if len(rows) else [None],
         error_y=errors,
         mode="markers",
         name="frozen" if frozen else "kept",
         legendgroup=str(frozen),
         showlegend=first,
-        marker={"color": colour, "size": 4, "opacity": 0.6},
-        customdata=rows[["layer", "head", "delta_loss", "sigma"]],
+        marker={"color": colour, "size": 6 if frozen else 4, "opacity": 0.9 if frozen else 0.6},
+        customdata=rows[["layer", "head", "index", "delta_loss", "stderr", "sigma"]],
         hovertemplate=(
-            "layer %{customdata[0]}, head %{customdata[1]}, index %{x}<br>"
-            "ΔL %{customdata[2]:.3g} nats, σ %{customdata[3]:.3g}<extra></extra>"
+            "layer %{customdata[0]}, head %{customdata[1]}, index %{customdata[2]}<br>"
+            "ΔL %{customdata[3]:.3g} ± %{customdata[4]:.2g} nats, σ %{customdata[5]:.3g}"
+            "<extra></extra>"
         ),
     )

@@ -3,6 +3,8 @@
 Colours are the palette of Okabe and Ito (2008); sequences are viridis.
 """
 
+from typing import Any
+
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -16,6 +18,11 @@ BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY = (
     "#D55E00",
     "#8A8A8A",
 )
+# Pixels across a page (7 in) and a column (3.3 in) of a paper: 14 px type is 7.8 pt there.
+FULL_WIDTH, COLUMN_WIDTH = 900, 424
+# From below zero (harmful) to above (helpful), and from less to more; both colour-blind safe.
+HARM_HELP = [[0.0, VERMILION], [0.5, "#F4F4F4"], [1.0, BLUE]]
+LESS_MORE = [[0.0, "#5E3C99"], [0.5, "#F7F7F7"], [1.0, "#E66101"]]
 SIGN = "ΔL < 0: freezing is predicted to lower the loss"
 
 pio.templates["eigenlens"] = go.layout.Template(
@@ -31,6 +38,12 @@ pio.templates["eigenlens"] = go.layout.Template(
     }
 )
 TEMPLATE = "plotly_white+eigenlens"
+
+
+def heading(text: str, note: str, height: int) -> dict[str, Any]:
+    """A title with a smaller line below it, at a fixed distance from the top of the figure."""
+    place = {"x": 0.02, "y": 1 - 26 / height, "yanchor": "top"}
+    return {"text": f"{text}<br><sup>{note}</sup>" if note else text, **place}
 
 
 def signed_log(values: np.ndarray, unit: float) -> np.ndarray:

@@ -1,0 +1,442 @@
+"""Circuits against autograd by hand, conservation laws, brute force and real cuts."""
+
+from dataclasses import replace
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_models import EQUAL, FAMILIES, MIXED, write_tiny_model
+
+import eigenlens as el
+from eigenlens.circuits.norms import final_gain, gain_after, gain_before
+from eigenlens.files import FileFormatError
+from eigenlens.scoring.reference import _differentiate_from_here
+from eigenlens.scoring.scores import COMPONENT
+from eigenlens.spectra import Spectra
+
+QUIET = {"progress": False}
+
+
+def scored(model, data=EQUAL, **options):
+    return el.score(model, el.decompose(model, **QUIET), data, **QUIET, **options)
+
+
+def traced(model, scores, data=EQUAL, **options):
+    return el.circuit(model, scores, data, **QUIET, **options)
+
+
+def some(scores, kinds, each=2):
+    """The strongest components of every layer and kind."""
+    table = scores.to_pandas()
+    table = table[table["matrix"].isin(kinds)]
+    order = table["delta_loss"].abs().sort_values(ascending=False).index
+    return table.loc[order].groupby(["layer", "matrix"]).head(each)[COMPONENT]
+
+
+@pytest.fixture(scope="module")
+def without_norms(tmp_path_factory):
+    """A GPT-2 whose norms do nothing."""
+    path = tmp_path_factory.mktemp("without_norms")
+    write_tiny_model("gpt2", path)
+    model = el.load_model(path, dtype=torch.float64, device="cpu")
+    norms = [norm for block in model.blocks for norm in (block.ln1, block.ln2)]
+    for norm in [*norms, model.ln_final]:
+        norm.set_original_component(torch.nn.Identity())
+        norm.use_native_layernorm_autograd = True
+    for matrix in el.weight_matrices(model):
+        matrix.flat_weight.data.mul_(0.5)  # activations stay in range without norms
+    return model
+
+
+@pytest.fixture(scope="module")
+def arith():
+    model = el.load_model("arith-tiny", dtype=torch.float64, device="cpu")
+    task = el.load_task("ambiguous", model.tokenizer)
+    scores = scored(model, task.train, criterion="margin", batch_size=240)
+    frozen = el.select(scores, count=15)
+    return model, task, scores, frozen, traced(model, scores, task.train, frozen=frozen)
+
+
+def test_without_norms_edges_out_of_every_writer_sum_to_its_score(without_norms):
+    scores = scored(without_norms)
+    found = traced(
+        without_norms, scores, components=scores.components[COMPONENT], limit=len(scores)
+    )
+    assert len(found) == len(scores)
+    out = found.edges.groupby("writer")["effect"].sum().reindex(found.nodes["node"]).fillna(0)
+    np.testing.assert_allclose(out, scores.delta_loss, atol=1e-12)
+    np.testing.assert_allclose(found.nodes["outflow"], scores.delta_loss, atol=1e-12)
+
+
+def test_without_norms_edges_into_readers_of_the_stream_sum_to_their_scores(without_norms):
+    scores = scored(without_norms)
+    found = traced(without_norms, scores, components=some(scores, ["W_Q", "W_K", "W_V", "W_in"]))
+    assert (found.nodes["effect"].abs() > 1e-12).all()
+    np.testing.assert_allclose(found.nodes["inflow"], found.nodes["effect"], rtol=1e-6, atol=1e-16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_the_whole_norm_edges_out_sum_to_the_score_in_every_family(tiny, family):
+    model = tiny(family)
+    scores = scored(model, MIXED, batch_size=2)
+    found = traced(model, scores, MIXED, strongest=25, norm="full", batch_size=3)
+    own = scores.to_pandas().merge(found.nodes[COMPONENT], how="right", on=COMPONENT)
+    np.testing.assert_allclose(found.nodes["effect"], own["delta_loss"], rtol=1e-7, atol=1e-10)
+    np.testing.assert_allclose(found.nodes["outflow"], own["delta_loss"], rtol=1e-7, atol=1e-10)
+
+
+def by_hand(model, spectra, names, *others):
+    """``a`` and ``g`` of all components of these maps, and the cache with these other hooks."""
+    maps = [spectra[name].matrix for name in names]
+    kept = [*others, *(point for m in maps for point in (m.hook_in, m.hook_out))]
+    hooks = [("blocks.0.hook_in", _differentiate_from_here)]
+    batch = el.tasks.make_batches(EQUAL, model, len(EQUAL))[0]
+    tokens = torch.cat([batch.tokens, batch.answer[:, -1:]], dim=1)
+    labels = tokens.clone()
+    labels[:, : batch.n_prompt] = -100
+    with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
+        _, cache = model.run_with_cache(
+            tokens, return_type="loss", labels=labels, names_filter=kept, incl_bwd=True
+        )
+    found = {}
+    for name in names:
+        m = spectra[name].matrix
+        x = cache[m.hook_in].flatten(2)[:, :-1]
+        # The bridge's loss is a mean over examples and answer tokens.
+        g = cache[f"{m.hook_out}_grad"].flatten(2)[:, :-1] * batch.answer.numel()
+        found[name] = spectra[name].reads(x), spectra[name].writes(g)
+    return found, cache
+
+
+def effect_of(circuit, writer, reader):
+    rows = circuit.edges[(circuit.edges["writer"] == writer) & (circuit.edges["reader"] == reader)]
+    return float(rows["effect"].iloc[0])
+
+
+def test_an_edge_through_a_layer_norm_is_the_formula(tiny):
+    model = tiny("gpt2")
+    scores = scored(model)
+    w, r = scores.spectra["blocks.0.W_out"], scores.spectra["blocks.1.W_V"]
+    chosen = pd.DataFrame([(0, "W_out", 0, 3), (1, "W_V", 2, 1)], columns=COMPONENT)
+    found = traced(model, scores, components=chosen)
+    names = [w.matrix.name, r.matrix.name]
+    runs, cache = by_hand(model, scores.spectra, names, "blocks.1.ln1.hook_scale")
+    a = runs[w.matrix.name][0][:, :, 0, 3]
+    g = runs[r.matrix.name][1][:, :, 2, 1]
+    v = w.vh[0, 3] - w.vh[0, 3].mean()
+    scale = cache["blocks.1.ln1.hook_scale"][:, :-1, 0]
+    passed = (v * model.blocks[1].ln1.weight) @ r.u[2, :, 1] * r.sigma[2, 1] / scale
+    expected = ((a.mean(0) - a) * passed * g).sum(1).mean()
+    assert effect_of(found, "L0.W_out[3]", "L1.W_V[2,1]") == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_edge_inside_a_head_is_weighted_by_attention(tiny, family):
+    model = tiny(family)
+    scores = scored(model)
+    w, r = scores.spectra["blocks.1.W_V"], scores.spectra["blocks.1.W_O"]
+    head = r.matrix.n_heads - 1
+    own = head // (r.matrix.n_heads // w.matrix.n_heads)
+    chosen = pd.DataFrame([(1, "W_V", own, 2), (1, "W_O", head, 1)], columns=COMPONENT)
+    found = traced(model, scores, components=chosen)
+    names = [w.matrix.name, r.matrix.name]
+    runs, cache = by_hand(model, scores.spectra, names, "blocks.1.attn.hook_pattern")
+    a = runs[w.matrix.name][0][:, :, own, 2]
+    g = runs[r.matrix.name][1][:, :, head, 1]
+    pattern = cache["blocks.1.attn.hook_pattern"][:, head, :-1, :-1]
+    moved = torch.einsum("bqk,bk->bq", pattern, a.mean(0) - a)
+    meets = (w.vh[own, 2] @ r.u[head, :, 1]) * r.sigma[head, 1]
+    expected = float((moved * meets * g).sum(1).mean())
+    writer, reader = f"L1.W_V[{own},2]", f"L1.W_O[{head},1]"
+    assert effect_of(found, writer, reader) == pytest.approx(expected)
+
+
+def test_an_edge_inside_a_gated_mlp_has_the_derivative_of_the_gate(tiny):
+    model = tiny("llama")
+    scores = scored(model)
+    w, r = scores.spectra["blocks.0.W_gate"], scores.spectra["blocks.0.W_out"]
+    chosen = pd.DataFrame([(0, "W_gate", 0, 1), (0, "W_out", 0, 4)], columns=COMPONENT)
+    found = traced(model, scores, components=chosen)
+    names = [w.matrix.name, r.matrix.name]
+    runs, cache = by_hand(model, scores.spectra, names, "blocks.0.mlp.in.hook_out")
+    a, g = runs[w.matrix.name][0][:, :, 0, 1], runs[r.matrix.name][1][:, :, 0, 4]
+    gate = cache[w.matrix.hook_out][:, :-1]
+    sigmoid = gate.sigmoid()
+    slope = sigmoid * (1 + gate * (1 - sigmoid)) * cache["blocks.0.mlp.in.hook_out"][:, :-1]
+    meets = (slope * w.vh[0, 1]) @ r.u[0, :, 4] * r.sigma[0, 4]
+    expected = float(((a.mean(0) - a) * meets * g).sum(1).mean())
+    assert effect_of(found, "L0.W_gate[1]", "L0.W_out[4]") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj"])
+@pytest.mark.parametrize("norm", ["frozen", "full"])
+def test_weak_cuts_change_the_loss_as_the_edges_say(tiny, family, norm):
+    model = tiny(family)
+    scores = scored(model, MIXED)
+    kinds = set(scores.components["matrix"])
+    found = traced(model, scores, MIXED, components=some(scores, kinds, each=1), norm=norm)
+    edges = found.edges[found.edges["writer"] != "embed"]
+    assert {"logits", *found.nodes["node"]} >= set(edges["reader"])
+    cut = el.cut_paths(model, scores, MIXED, found, edges=edges, nodes=4, strength=1e-5)
+    largest = cut["predicted"].abs().max()
+    np.testing.assert_allclose(cut["measured"], cut["predicted"], rtol=2e-3, atol=1e-4 * largest)
+
+
+def test_a_last_writer_is_read_by_the_logits_alone(tiny):
+    """A real cut of its one edge is a real freeze of the node, by another road."""
+    model = tiny("llama")
+    scores = scored(model)
+    chosen = some(scores, ["W_out"], each=3)
+    found = traced(model, scores, components=chosen[chosen["layer"] == 1], norm="full")
+    cut = el.cut_paths(model, scores, EQUAL, found, edges=3, nodes=3).set_index(["writer", "cut"])
+    for node in found.nodes["node"]:
+        edge, whole = cut["measured"][node, "edge"], cut["measured"][node, "node"]
+        assert edge == pytest.approx(whole, rel=1e-9)
+        assert abs(whole) > 1e-6
+
+
+def test_degenerate_values_are_one_node_whatever_their_basis(tiny_folder):
+    model = el.load_model(tiny_folder("llama"), dtype=torch.float64, device="cpu")
+    spectrum = el.decompose(model, ["W_out"], [0], cache=False, **QUIET)["blocks.0.W_out"]
+    sigma = spectrum.sigma.clone()
+    sigma[0, 3:6] = sigma[0, 4].clone()
+    weight = torch.einsum("hir,hr,hro->io", spectrum.u, sigma, spectrum.vh)
+    spectrum.matrix.flat_weight.data.copy_(weight)
+    plain = el.decompose(model, cache=False, **QUIET)
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    own = plain["blocks.0.W_out"]
+    u, vh = own.u.clone(), own.vh.clone()
+    u[0, :, 3:6] = u[0, :, 3:6] @ turn
+    vh[0, 3:6] = turn.T @ vh[0, 3:6]
+    turned = Spectra(
+        [replace(s, u=u, vh=vh) if s is own else s for s in plain.values()], plain.provenance
+    )
+    found = []
+    for spectra in (plain, turned):
+        scores = el.score(model, spectra, EQUAL, **QUIET)
+        chosen = pd.DataFrame(
+            [(0, "W_out", 0, 4), (0, "W_out", 0, 0), (1, "W_in", 0, 1)], columns=COMPONENT
+        )
+        circuit = traced(model, scores, components=chosen)
+        assert circuit.nodes["node"].tolist() == ["L0.W_out[0]", "L0.W_out[3–5]", "L1.W_in[1]"]
+        read = el.readout(model, spectra, 0, "W_out", 0, 5, top=5)
+        pairs = el.composition(model, spectra, chosen).set_index(["writer", "reader"])["score"]
+        found.append((circuit, read, pairs))
+    (one, read_one, pairs_one), (two, read_two, pairs_two) = found
+    pd.testing.assert_frame_equal(one.edges, two.edges, rtol=1e-7)
+    pd.testing.assert_frame_equal(one.nodes, two.nodes, rtol=1e-7)
+    pd.testing.assert_frame_equal(read_one.reads, read_two.reads)
+    pd.testing.assert_frame_equal(read_one.writes, read_two.writes)
+    pd.testing.assert_series_equal(pairs_one, pairs_two)
+    assert (read_one.writes["score"] > 0).all()
+    cut = el.cut_paths(model, el.score(model, plain, EQUAL, **QUIET), EQUAL, one, strength=1e-5)
+    np.testing.assert_allclose(cut["measured"], cut["predicted"], rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gains_are_the_norms_up_to_scale(tiny, family):
+    model = tiny(family)
+    block = model.blocks[1]
+    w_o, w_in = el.weight_matrices(model, ["W_O", "W_in"], [1])
+    pairs = [(block.ln1, gain_before(model, w_o)), (model.ln_final, final_gain(model))]
+    pairs.append((getattr(block, "ln2", block.ln1), gain_before(model, w_in)))
+    if hasattr(block, "ln1_post"):
+        pairs.append((block.ln1_post, gain_after(model, w_o)))
+        pairs.append((block.ln2_post, gain_after(model, w_in)))
+    x = torch.randn(1, 5, model.cfg.d_model, dtype=torch.float64)
+    for norm, gain in pairs:
+        # f(x) − f(−x) is twice the linear part at x, divided by its scale.
+        with torch.no_grad():
+            expected = (norm(x) - norm(-x)) / 2
+        found = gain(x)
+        ratio = (expected / found)[..., :1]
+        torch.testing.assert_close(found * ratio, expected)
+        assert (ratio > 0).all()
+
+
+def test_readout_of_a_writer_and_a_reader_by_hand(tiny):
+    model = tiny("gpt2")
+    spectra = el.decompose(model, **QUIET)
+    found = el.readout(model, spectra, 1, "W_out", 0, 2, top=3)
+    v = spectra["blocks.1.W_out"].vh[0, 2].numpy()
+    gamma = model.ln_final.weight.detach().numpy()
+    logits = ((v - v.mean()) * gamma) @ model.W_U.numpy()
+    logits -= logits.mean()
+    order = np.argsort(-logits)
+    expected = [model.tokenizer.decode([t]) for t in [*order[:3], *order[-3:]]]
+    assert found.writes["token"].tolist() == expected
+    np.testing.assert_allclose(found.writes["score"], logits[[*order[:3], *order[-3:]]])
+
+    found = el.readout(model, spectra, 1, "W_V", 1, 0, top=2)
+    u = spectra["blocks.1.W_V"].u[1, :, 0].numpy()
+    e = model.W_E.numpy()
+    e = (e - e.mean(1, keepdims=True)) * model.blocks[1].ln1.weight.detach().numpy()
+    cosine = e @ u / np.linalg.norm(e, axis=1)
+    np.testing.assert_allclose(found.reads["score"].iloc[0], cosine.max())
+    assert found.reads["token"].iloc[-1] == model.tokenizer.decode([int(cosine.argmin())])
+    strongest = found.reads_from.iloc[0]
+    assert strongest["writer"].startswith("L0.W_")
+    vs = spectra["blocks.0.W_out"].vh[0].numpy()
+    vs = (vs - vs.mean(1, keepdims=True)) * model.blocks[1].ln1.weight.detach().numpy()
+    cosines = vs @ u / np.linalg.norm(vs, axis=1)
+    full = el.readout(model, spectra, 1, "W_V", 1, 0, top=500).reads_from.set_index("writer")
+    np.testing.assert_allclose(
+        [full["score"][f"L0.W_out[{i}]"] for i in range(len(cosines))], cosines
+    )
+    assert abs(strongest["score"]) == pytest.approx(full["score"].abs().max())
+
+
+@pytest.mark.parametrize("kind", ["W_Q", "W_K"])
+def test_token_pairs_are_the_best_of_all_pairs(tiny, kind):
+    model = tiny("llama")
+    spectra = el.decompose(model, **QUIET)
+    found = el.readout(model, spectra, 0, kind, 1, 0, top=4).pairs
+    w_q, w_k = el.weight_matrices(model, ["W_Q", "W_K"], [0])
+    e = model.W_E * model.blocks[0].ln1.weight
+    e = e / e.norm(dim=1, keepdim=True)
+    s = spectra[f"blocks.0.{kind}"]
+    part = s.sigma[1, 0] * torch.outer(s.u[1, :, 0], s.vh[1, 0])
+    for q in found["through"].unique():
+        query, key = w_q.weight[q], w_k.weight[q // 2]
+        query, key = (part, key) if kind == "W_Q" else (query, part)
+        scores = (e @ query) @ (e @ key).T
+        own = found[found["through"] == q]
+        best = scores.flatten().sort(descending=True).values
+        np.testing.assert_allclose(own["score"][:4], best[:4])
+        np.testing.assert_allclose(own["score"][4:], best[-4:])
+    assert sorted(found["through"].unique()) == ([1] if kind == "W_Q" else [2, 3])
+
+
+def test_composition_by_hand_and_only_forwards(tiny):
+    model = tiny("llama")
+    spectra = el.decompose(model, **QUIET)
+    chosen = [(0, "W_O", 1, 0), (0, "W_in", 0, 2), (0, "W_out", 0, 1), (1, "W_Q", 3, 0)]
+    table = el.composition(model, spectra, pd.DataFrame(chosen, columns=COMPONENT))
+    assert {(r.writer, r.reader) for r in table.itertuples()} == {
+        ("L0.W_O[1,0]", "L0.W_in[2]"),
+        ("L0.W_O[1,0]", "L1.W_Q[3,0]"),
+        ("L0.W_in[2]", "L0.W_out[1]"),
+        ("L0.W_out[1]", "L1.W_Q[3,0]"),
+    }
+    v = spectra["blocks.0.W_out"].vh[0, 1] * model.blocks[1].ln1.weight
+    expected = v @ spectra["blocks.1.W_Q"].u[3, :, 0] / v.norm()
+    found = table.set_index(["writer", "reader"])["score"]["L0.W_out[1]", "L1.W_Q[3,0]"]
+    assert found == pytest.approx(float(expected))
+
+
+def test_the_direct_effect_on_the_answer_is_what_the_logits_get(arith):
+    """arith-tiny's answers are one token, so the loss is minus its log-probability."""
+    model, task, scores, _, found = arith
+    last = found.nodes[(found.nodes["matrix"] == "W_out") & (found.nodes["layer"] == 1)]
+    edges = found.edges[found.edges["reader"] == "logits"].set_index("writer")["effect"]
+    np.testing.assert_allclose(last["answer_logprob"], edges[last["node"]], atol=1e-12)
+    # Through W_out of the last block only: the whole effect of a component of its W_in.
+    inner = found.nodes[(found.nodes["matrix"] == "W_in") & (found.nodes["layer"] == 1)]
+    outer = traced(model, scores, task.train, components=inner, norm="full").nodes
+    assert len(inner) > 8
+    assert (np.sign(inner["answer_logprob"].to_numpy()) == np.sign(outer["effect"])).all()
+
+
+def test_which_pruned_components_wrote_against_the_answer(arith):
+    _, _, _, frozen, found = arith
+    table = found.against_answer(sources=2)
+    assert 10 <= len(table) <= len(frozen)
+    assert (table["answer_logprob"] < 0).all()
+    assert table["answer_logprob"].is_monotonic_increasing
+    names = found.nodes.set_index("node")
+    assert (names.loc[table["node"], "strength"] == 1).all()
+    first = table.iloc[0]
+    inflows = found.inflows[found.inflows["reader"] == first["node"]]
+    strongest = inflows.loc[inflows["effect"].abs().idxmax(), "map"]
+    assert first["read_from"].startswith(f"{strongest} (")
+    own = found.sources(first["node"])
+    assert first["sources"].startswith(own[own["writer"] != "embed"]["writer"].iloc[0] + " at −1")
+
+
+def test_cutting_the_suppressed_paths_lowers_the_loss_for_real(arith):
+    """The edges of frozen components that the graph calls harmful, each really cut."""
+    model, task, scores, _, found = arith
+    pruned = found.edges[found.edges["pruned"] & (found.edges["writer"] != "embed")]
+    harmful = pruned.sort_values("effect").head(12)
+    cut = el.cut_paths(model, scores, task.train, found, edges=harmful, nodes=0, batch_size=240)
+    assert (cut["predicted"] < 0).all()
+    assert (cut["measured"] < 0).all()
+    # Log-loss is bounded below, so a real cut gains less than the straight line says.
+    assert (cut["measured"] > cut["predicted"]).all()
+    weak = el.cut_paths(
+        model, scores, task.train, found, edges=harmful, nodes=5, strength=1e-4, batch_size=240
+    )
+    np.testing.assert_allclose(weak["measured"], weak["predicted"], rtol=2e-3)
+
+
+def test_upstream_writers_are_the_strongest_of_all(tiny):
+    model = tiny("gpt2")
+    scores = scored(model)
+    frozen = el.select(scores, count=2)
+    found = traced(model, scores, frozen=frozen, upstream=2, strongest=0)
+    everything = traced(model, scores, components=scores.components[COMPONENT], limit=1000)
+    for node in found.nodes.loc[found.nodes["strength"] > 0, "node"]:
+        sources = everything.sources(node)
+        strongest = sources[sources["writer"] != "embed"]["writer"].head(2)
+        assert set(strongest) <= set(found.nodes["node"])
+
+
+def test_saved_and_exported_circuits_are_the_same(arith, tmp_path):
+    *_, found = arith
+    found.save(tmp_path / "circuit.json")
+    again = el.Circuit.load(tmp_path / "circuit.json")
+    for name in ("nodes", "edges", "outflows", "inflows"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name))
+    assert (again.norm, again.n_examples, again.provenance) == ("frozen", 240, found.provenance)
+    found.to_graphml(tmp_path / "circuit.graphml", min_effect=1e-3)
+    graph = nx.read_graphml(tmp_path / "circuit.graphml")
+    strong = found.edges[found.edges["effect"].abs() >= 1e-3]
+    assert set(graph.edges) == set(zip(strong["writer"], strong["reader"], strict=True))
+    writer, reader, effect = strong[["writer", "reader", "effect"]].iloc[0]
+    assert graph.edges[writer, reader]["effect"] == pytest.approx(effect)
+    assert set(graph.nodes) == {*found.nodes["node"], "embed", "logits"}
+    assert nx.is_directed_acyclic_graph(found.to_networkx())
+    assert "15 frozen" in found._repr_html_()
+    (tmp_path / "broken.json").write_text('{"eigenlens": {"kind": "circuit", "format": "1"}}')
+    with pytest.raises(FileFormatError, match="lacks 'nodes'"):
+        el.Circuit.load(tmp_path / "broken.json")
+    (tmp_path / "foreign.json").write_text("[1]")
+    with pytest.raises(FileFormatError, match="not written by eigenlens"):
+        el.Circuit.load(tmp_path / "foreign.json")
+
+
+def test_a_saved_readout_is_the_same(tiny, tmp_path):
+    model = tiny("llama")
+    found = el.readout(model, el.decompose(model, **QUIET), 1, "W_V", 0, 0)
+    found.save(tmp_path / "readout.json")
+    again = el.Readout.load(tmp_path / "readout.json")
+    pd.testing.assert_frame_equal(again.writes, found.writes)
+    pd.testing.assert_frame_equal(again.reads_from, found.reads_from)
+    assert again._repr_html_() == found._repr_html_()
+    assert set(found.writes["through"]) == {0, 1}  # a key/value head serves two query heads
+
+
+def test_bad_requests_say_what_to_do(tiny):
+    model = tiny("gpt2")
+    scores = scored(model)
+    with pytest.raises(ValueError, match=r"288 components are more than limit=100.*strongest="):
+        traced(model, scores, strongest=300, limit=100)
+    with pytest.raises(ValueError, match="No components"):
+        traced(model, scores, strongest=0)
+    with pytest.raises(ValueError, match="Unknown norm 'half'"):
+        traced(model, scores, norm="half")
+    with pytest.raises(ValueError, match="no head 7, index 0"):
+        traced(model, scores, components=pd.DataFrame([(0, "W_Q", 7, 0)], columns=COMPONENT))
+    with pytest.raises(ValueError, match="Components need the columns"):
+        traced(model, scores, components=pd.DataFrame({"layer": [0]}))
+    with pytest.raises(ValueError, match="not decomposed"):
+        el.readout(model, el.decompose(model, ["W_Q"], **QUIET), 0, "W_K", 0, 0)
+    with pytest.raises(ValueError, match="other weights"):
+        traced(tiny("llama"), scores)
+    found = traced(model, scores, strongest=3)
+    with pytest.raises(ValueError, match="No node 'L9'"):
+        found.sources("L9")
+    with pytest.raises(ValueError, match="strength=2"):
+        el.cut_paths(model, scores, EQUAL, found, strength=2.0)
