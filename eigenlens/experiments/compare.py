@@ -29,7 +29,7 @@ def text(table: pd.DataFrame) -> str:
         f"{INTERVALS} Each method has the same examples to learn from and the same ones to choose "
         "on. `tried` counts the candidates that it measured on validation (a search by gates looks "
         "at validation itself and hands over one). Seconds, passes and memory are of the whole "
-        "fit, decomposition excepted, in one process on 2 cores; memory is what the process took "
+        "fit, decomposition excepted, in one process on one core; memory is what the process took "
         "above its size before. `numbers set` counts what the edit sets: strengths and means of "
         "frozen components at each position, entries of adapters, singular values cut."
     )

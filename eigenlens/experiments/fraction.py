@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from eigenlens.experiments.grid import grid_result
 from eigenlens.experiments.result import ExperimentResult
 from eigenlens.experiments.views import INTERVALS, own, percent, pooled
-from eigenlens.plots.style import BLUE, GREEN, GREY, ORANGE, TEMPLATE, VERMILION
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, GREY, ORANGE, TEMPLATE, VERMILION
 
 QUESTION = "How much of a model may be frozen in one shot, by which ranking?"
 MINUTES = 15
@@ -81,7 +81,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
     drawn.update_yaxes(title_text="test accuracy", col=1)
     drawn.update_layout(
         template=TEMPLATE,
-        width=900,
+        width=FULL_WIDTH,
         height=400,
         legend={"orientation": "h", "y": -0.22, "x": 0.5, "xanchor": "center"},
         margin={"t": 50, "b": 110},

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -21,6 +20,7 @@ from eigenlens.baselines import Edit, FitResult, FrozenEdit, load_edit, measure
 from eigenlens.evaluation import Evaluation, majority_accuracy, perplexity
 from eigenlens.experiments.config import CONFIGS, Data, Method, Setting, StudyConfig
 from eigenlens.experiments.result import ExperimentResult, Parts
+from eigenlens.experiments.study import Study
 from eigenlens.freezing import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.monitors import output_statistics
@@ -28,20 +28,6 @@ from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
 from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
-
-
-class GridStudy(Protocol):
-    """What a module says about the table that :func:`run_grid` makes."""
-
-    def text(self, table: pd.DataFrame) -> str:
-        """The sentences of the page."""
-
-    def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The table of the page."""
-
-    def figure(self, table: pd.DataFrame) -> go.Figure:
-        """The figure of the page."""
-
 
 _SEEDS_PER_DRAW = 1000  # seeds of two draws never meet
 
@@ -282,7 +268,7 @@ def _found(found: FitResult, task: Task) -> dict[str, Any]:
 
 
 def grid_result(
-    study: GridStudy,
+    study: Study,
     name: str,
     models: tuple[str, ...] | None,
     config: Path | None,

@@ -8,7 +8,17 @@ import plotly.graph_objects as go
 
 from eigenlens.experiments.grid import grid_result
 from eigenlens.experiments.result import ExperimentResult
-from eigenlens.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, TEMPLATE, VERMILION
+from eigenlens.plots.style import (
+    BLUE,
+    FULL_WIDTH,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    TEMPLATE,
+    VERMILION,
+)
 
 QUESTION = "Does an edit break the model: same answer to everything, other tasks lost?"
 MINUTES = 20
@@ -97,7 +107,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
     drawn.update_yaxes(title_text="information of the first<br>answer token about the input (nats)")
     drawn.update_layout(
         template=TEMPLATE,
-        width=900,
+        width=FULL_WIDTH,
         height=430,
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
         margin={"t": 80, "b": 110, "l": 100},

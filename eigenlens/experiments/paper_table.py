@@ -30,7 +30,7 @@ def text(table: pd.DataFrame) -> str:
         "whole vocabulary would write. `choice` asks only which candidate answer is the most "
         "likely, and `majority` is the exact accuracy of always giving the most frequent answer of "
         "the train split. `gained, lost` are test examples against `before`, with McNemar's exact "
-        "p (of a random control, the first draw). Minutes are of the fit, on 2 cores."
+        "p (of a random control, the first draw). Minutes are of the fit, on one core."
     )
 
 

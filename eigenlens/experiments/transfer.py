@@ -10,7 +10,8 @@ from plotly.subplots import make_subplots
 from eigenlens.evaluation import wilson_interval
 from eigenlens.experiments.grid import grid_result
 from eigenlens.experiments.result import ExperimentResult, share
-from eigenlens.plots.style import TEMPLATE
+from eigenlens.plots.style import FULL_WIDTH, TEMPLATE
+from eigenlens.plots.transfer import transfer as transfer_figure
 
 QUESTION = "Does a mask made for one task serve or harm others?"
 MINUTES = 20
@@ -79,37 +80,31 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(table: pd.DataFrame) -> go.Figure:
-    """A heat map per model: change of accuracy against the unedited model, in points."""
+    """A heat map per model: change of accuracy against the unedited model."""
     found = _grid(table)
     tasks = found[~found["is_text"]]
     models = list(dict.fromkeys(tasks["model"]))
-    drawn = make_subplots(rows=1, cols=len(models), subplot_titles=models, horizontal_spacing=0.22)
+    drawn = make_subplots(rows=1, cols=len(models), subplot_titles=models, horizontal_spacing=0.2)
     for column, model in enumerate(models, start=1):
-        part = tasks[tasks["model"] == model]
-        accuracy = part.assign(a=part["right"] / part["n"]).pivot(
-            index="mask", columns="data", values="a"
-        )
-        labels = [mask for mask in dict.fromkeys(part["mask"]) if mask != _BEFORE]
-        data = list(dict.fromkeys(part["data"]))
-        change = 100 * (accuracy.loc[labels, data] - accuracy.loc[_BEFORE, data])
-        drawn.add_trace(
-            go.Heatmap(
-                z=change.to_numpy(),
-                x=data,
-                y=labels,
-                zmin=-100,
-                zmax=100,
-                colorscale="RdBu",
-                texttemplate="%{z:+.0f}",
-                textfont={"size": 13},
-                showscale=column == len(models),
-                colorbar={"title": {"text": "change of test<br>accuracy (points)"}},
-            ),
-            row=1,
-            col=column,
-        )
-    drawn.update_yaxes(autorange="reversed")
+        part = transfer_figure(_changes(tasks[tasks["model"] == model])).data[0]
+        part.update(zmin=-100, zmax=100, showscale=column == len(models))
+        drawn.add_trace(part, row=1, col=column)
+    drawn.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
     drawn.update_yaxes(title_text="mask made for", col=1)
-    drawn.update_xaxes(title_text="tested on", tickangle=-35)
-    drawn.update_layout(template=TEMPLATE, width=900, height=460, margin={"l": 120, "b": 130})
+    drawn.update_xaxes(title_text="tested on", showgrid=False, tickangle=-35)
+    drawn.update_layout(template=TEMPLATE, width=FULL_WIDTH, height=480, margin={"b": 120})
     return drawn
+
+
+def _changes(tasks: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy under each mask less that of the unedited model, on each data set."""
+    tasks = tasks.assign(accuracy=tasks["right"] / tasks["n"])
+    before = tasks[tasks["mask"] == _BEFORE].set_index("data")["accuracy"]
+    masks = tasks[tasks["mask"] != _BEFORE]
+    return pd.DataFrame(
+        {
+            "learned_on": masks["mask"],
+            "tested_on": masks["data"],
+            "change": masks["accuracy"] - masks["data"].map(before),
+        }
+    )

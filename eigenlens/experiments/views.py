@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from eigenlens.evaluation import wilson_interval
 from eigenlens.experiments.result import share
-from eigenlens.plots.style import BLUE, GREY, ORANGE, TEMPLATE, VERMILION
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, ORANGE, TEMPLATE, VERMILION
 
 _CELL = ["model", "label", "method"]
 INTERVALS = (
@@ -181,7 +181,7 @@ def dots(
     _one_legend_entry_each(figure)
     figure.update_layout(
         template=TEMPLATE,
-        width=900,
+        width=FULL_WIDTH,
         height=height or 150 + 24 * len(rows),
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
         margin={"t": 70, "b": 60, "l": left, "r": 20},

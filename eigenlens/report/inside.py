@@ -60,7 +60,9 @@ def _strongest(frozen: FrozenSet, scores: Scores) -> FrozenSet:
     """The frozen components with the largest scores of either sign."""
     if len(frozen) <= MOST_FROZEN:
         return frozen
-    place = pd.Series(np.arange(len(scores)), pd.MultiIndex.from_frame(scores.components[COMPONENT]))
+    place = pd.Series(
+        np.arange(len(scores)), pd.MultiIndex.from_frame(scores.components[COMPONENT])
+    )
     rows = place.reindex(pd.MultiIndex.from_frame(frozen.components[COMPONENT])).to_numpy()
     order = np.argsort(-np.abs(scores.delta_loss[rows]), kind="stable")[:MOST_FROZEN]
     strength = frozen.components["strength"].to_numpy()[order]
