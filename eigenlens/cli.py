@@ -89,6 +89,9 @@ def run(
     ] = None,
     reference: Annotated[str | None, typer.Option(help="mean, zero or resample.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per pass.")] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="Last prompt positions with a mean of their own.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, mps (default: what there is).")
@@ -115,6 +118,7 @@ def run(
             "criterion": criterion,
             "reference": reference,
             "batch_size": batch_size,
+            "n_positions": positions,
             "dtype": dtype,
             "device": device,
             "seed": seed,
@@ -179,9 +183,12 @@ def tasks() -> None:
 
 @app.command()
 def experiment(
-    name: Annotated[str, typer.Argument(help="ambiguous, estimators, planted or searches.")],
+    name: Annotated[str, typer.Argument(help="See figures/README.md, or give a wrong one.")],
     model: Annotated[
         list[str] | None, typer.Option(help="Model of the study, repeatable (default: all).")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file in place of the study's own, where it has one.")
     ] = None,
     parts: Annotated[
         Path, typer.Option(help="Folder of finished parts: an interrupted study goes on.")
@@ -196,8 +203,13 @@ def experiment(
             raise ValueError(f"Unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
         study = EXPERIMENTS[name].run
         options: dict[str, Any] = {"models": tuple(model)} if model else {}
-        if "parts" in inspect.signature(study).parameters:
+        parameters = inspect.signature(study).parameters
+        if "parts" in parameters:
             options["parts"] = parts / name
+        if config is not None:
+            if "config" not in parameters:
+                raise ValueError(f"The experiment {name!r} has no configuration file.")
+            options["config"] = config
         result = study(**options)
         result.save(out)
         console.print(result.summary.to_markdown(index=False))

@@ -58,6 +58,9 @@ class EigenpruneConfig(BaseModel):
     some training examples instead of the estimate: by default 300 for ``one_shot``, the only search
     that ranks once and for all, unless the criterion is ``max`` or ``ucb``, which estimate no mean.
 
+    Of long prompts, ``n_positions`` of the last positions keep a mean of their own (default: all);
+    those before them share one, which bounds memory and the size of the edit.
+
     ``reference_code`` scores and selects as the paper's released code does; its switches say in
     what. ``seed`` is the seed of the task, of resampling and of the search.
     """
@@ -80,6 +83,7 @@ class EigenpruneConfig(BaseModel):
     protect: dict[str, dict[str, Any]] = Field(default_factory=dict)
     protect_bound: float = Field(default=0.05, ge=0)
     batch_size: int = Field(default=50, ge=1)
+    n_positions: int | None = Field(default=None, ge=0)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -370,6 +374,7 @@ def _score(
         criterion=config.criterion,
         reference=config.reference,
         batch_size=config.batch_size,
+        n_positions=config.n_positions,
         seed=config.seed,
         progress=progress,
     )
