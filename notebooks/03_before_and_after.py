@@ -63,8 +63,8 @@ change.heads.query("position == -1").sort_values("change", ascending=False).head
 el.plots.attention_change(change)
 
 # %% [markdown]
-# All heads of a layer in CircuitsVis, here `after − before` (blue: more attention, red: less).
-# This view fetches its script from the network and shows when you run the cell.
+# All heads of a layer in CircuitsVis, here `after − before` (blue: more attention, orange: less).
+# It fetches its script from the network when you run the cell, so its output is not stored.
 
 # %% tags=["live"]
 el.plots.attention_heads(change, layer=1, tokens=["a", "?", "b", "="])

@@ -2,7 +2,7 @@
 
 The scripts ``notebooks/NAME.py`` are what one edits; ``make notebooks`` writes ``NAME.ipynb`` from
 them. Figures are stored as plotly data and as PNG, so that they show without a network, on GitHub,
-too. Progress bars are not stored, nor outputs of cells tagged ``live``, which need the network.
+too. Progress bars are not stored. Cells tagged ``live`` need the network and are not run.
 """
 
 import os
@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
+LIVE = "live"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -41,6 +42,7 @@ def executed(script: Path, folder: Path, renderer: str) -> NotebookNode:
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
+        skip_cells_with_tag=LIVE,
         store_widget_state=False,
     )
     client.execute(env={**os.environ, "PLOTLY_RENDERER": renderer})
@@ -53,8 +55,6 @@ def _tidy(notebook: NotebookNode) -> NotebookNode:
         cell.id = f"cell-{number}"
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
-            if "live" in cell.metadata.get("tags", []):
-                cell.outputs = []
     notebook.metadata.language_info = {"name": "python"}
     return notebook
 

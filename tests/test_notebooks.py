@@ -5,7 +5,7 @@ import shutil
 import jupytext
 import nbformat
 import pytest
-from notebook_runner import FOLDER, executed, scripts
+from notebook_runner import FOLDER, LIVE, executed, scripts
 
 NAMES = [script.stem for script in scripts()]
 FIGURE, PICTURE = "application/vnd.plotly.v1+json", "image/png"
@@ -17,7 +17,9 @@ def stored(name):
 
 
 def code(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+    """Cells that run without a network."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in cells if LIVE not in cell.metadata.get("tags", [])]
 
 
 def kinds(notebook):

@@ -206,7 +206,8 @@ def test_circuitsvis_gets_the_patterns_of_a_layer(results, monkeypatch):
 def test_circuitsvis_draws_a_page(results):
     pytest.importorskip("circuitsvis")
     change = results[4]
-    page = str(el.plots.attention_heads(change, 0, "before", tokens=["a", "?", "b", "="]))
+    view = el.plots.attention_heads(change, 0, "before", tokens=["a", "?", "b", "="])
+    page = view.show_code()
     assert "AttentionHeads" in page
     assert '"?"' in page
     with pytest.raises(ValueError, match="Unknown state 'later'"):
