@@ -1,4 +1,4 @@
-"""The command line: ``eigenlens run``, ``models``, ``tasks``, ``experiment``, ``bench``."""
+"""The command line: ``eigenlens run``, ``report``, ``experiment``, ``figures`` and more."""
 
 import inspect
 import warnings
@@ -25,11 +25,13 @@ def _clear_errors() -> Iterator[None]:
     """Turn what a user can mend into one sentence and exit code 2."""
     from transformers.utils import logging as transformers_logging
 
+    from eigenlens.plots.export import StaticExportError
+
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, StaticExportError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False)
         raise typer.Exit(2) from error
 
@@ -87,6 +89,9 @@ def run(
     ] = None,
     reference: Annotated[str | None, typer.Option(help="mean, zero or resample.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per pass.")] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="Last prompt positions with a mean of their own.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, mps (default: what there is).")
@@ -113,6 +118,7 @@ def run(
             "criterion": criterion,
             "reference": reference,
             "batch_size": batch_size,
+            "n_positions": positions,
             "dtype": dtype,
             "device": device,
             "seed": seed,
@@ -177,9 +183,12 @@ def tasks() -> None:
 
 @app.command()
 def experiment(
-    name: Annotated[str, typer.Argument(help="ambiguous, estimators, planted or searches.")],
+    name: Annotated[str, typer.Argument(help="See figures/README.md, or give a wrong one.")],
     model: Annotated[
         list[str] | None, typer.Option(help="Model of the study, repeatable (default: all).")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file in place of the study's own, where it has one.")
     ] = None,
     parts: Annotated[
         Path, typer.Option(help="Folder of finished parts: an interrupted study goes on.")
@@ -192,14 +201,40 @@ def experiment(
 
         if name not in EXPERIMENTS:
             raise ValueError(f"Unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
-        study = EXPERIMENTS[name]
+        study = EXPERIMENTS[name].run
         options: dict[str, Any] = {"models": tuple(model)} if model else {}
-        if "parts" in inspect.signature(study).parameters:
+        parameters = inspect.signature(study).parameters
+        if "parts" in parameters:
             options["parts"] = parts / name
+        if config is not None:
+            if "config" not in parameters:
+                raise ValueError(f"The experiment {name!r} has no configuration file.")
+            options["config"] = config
         result = study(**options)
         result.save(out)
         console.print(result.summary.to_markdown(index=False))
         console.print(f"Written to {out}/{name}.*")
+
+
+@app.command()
+def figures(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Studies (default: all whose tables are there).")
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="svg, pdf, png, html (default: all).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of tables, pages and figures.")] = Path(
+        "figures"
+    ),
+) -> None:
+    """Draw the figures of the studies again from their stored tables."""
+    with _clear_errors():
+        from eigenlens.experiments.figures import redraw
+        from eigenlens.plots.export import FORMATS
+
+        for result in redraw(out, names or (), formats or FORMATS):
+            console.print(f"Drawn: {out}/{result.name}.*")
 
 
 @app.command()

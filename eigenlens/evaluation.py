@@ -119,12 +119,21 @@ def evaluate(
     data: Dataset,
     *,
     batch_size: int = 50,
+    choices: bool = True,
     progress: bool = False,
 ) -> Evaluation:
     """Loss, exact-match and (where there are candidates) choice accuracy of ``model`` as it is.
 
     Answers are scored whole, given the prompt: exact match means that every answer token is the
     most likely one, which is what greedy decoding would write.
+
+    Args:
+        model: in eval mode.
+        data: examples with the columns ``prompt``, ``answer`` and perhaps ``candidates``.
+        batch_size: examples per pass.
+        choices: measure choice accuracy too, which takes a pass per wrong candidate. Searches
+            leave it out: they choose by exact match and loss.
+        progress: show a progress bar.
 
     Raises:
         ValueError: a model in training mode, an empty data set, or examples that do not tokenise
@@ -139,7 +148,9 @@ def evaluate(
             rows |= _measure(model, batch)
     measured = pd.DataFrame([rows[index] for index in range(len(data))])
     examples = pd.DataFrame({"prompt": list(data["prompt"]), "answer": list(data["answer"])})
-    examples = examples.join(measured).join(_choices(model, data, batch_size))
+    examples = examples.join(measured)
+    if choices:
+        examples = examples.join(_choices(model, data, examples["loss"], batch_size))
     return Evaluation(examples, Provenance.of(model, task_hash=text_hash(data.to_list())))
 
 
@@ -166,28 +177,38 @@ def _check_candidates(data: Dataset) -> None:
             raise ValueError(f"Example {row}: the answer {answer!r} is not among {candidates}.")
 
 
-def _choices(model: TransformerBridge, data: Dataset, batch_size: int) -> pd.DataFrame:
-    """Most likely candidate of each example, or no columns for tasks without candidates."""
+def _choices(
+    model: TransformerBridge, data: Dataset, answer_losses: pd.Series, batch_size: int
+) -> pd.DataFrame:
+    """Most likely candidate of each example, or no columns for tasks without candidates.
+
+    The losses of the right answers are known already: only the other candidates are run.
+    """
     candidates = list(data["candidates"]) if "candidates" in data.column_names else []
     if not any(candidates):
         return pd.DataFrame(index=range(len(data)))
-    pairs = [(row, text) for row, texts in enumerate(candidates) for text in texts]
+    answers = list(data["answer"])
+    table = pd.DataFrame(
+        [(row, text) for row, texts in enumerate(candidates) for text in texts],
+        columns=["row", "text"],
+    )
+    table["right"] = table["text"] == [answers[row] for row in table["row"]]
+    table["loss"] = table["row"].map(answer_losses)
+    wrong = table[~table["right"]]
     variants = Dataset.from_dict(
         {
-            "prompt": [data[row]["prompt"] for row, _ in pairs],
-            "answer": [text for _, text in pairs],
+            "prompt": [data[row]["prompt"] for row in wrong["row"]],
+            "answer": list(wrong["text"]),
         }
     )
-    losses = np.empty(len(pairs))
+    losses = np.empty(len(wrong))
     with torch.no_grad():
-        for batch in make_batches(variants, model, batch_size):
+        for batch in make_batches(variants, model, batch_size) if len(wrong) else []:
             loss = answer_loss(answer_logits(model, batch).float(), batch)
             losses[batch.indices] = loss.cpu().numpy()
-    table = pd.DataFrame({"row": [row for row, _ in pairs], "loss": losses})
-    best = table.groupby("row")["loss"].idxmin()
-    choice = pd.Series({row: pairs[at][1] for row, at in best.items()})
-    right = choice == pd.Series(list(data["answer"])).loc[choice.index]
-    return pd.DataFrame({"choice": choice, "choice_correct": right})
+    table.loc[wrong.index, "loss"] = losses
+    best = table.loc[table.groupby("row")["loss"].idxmin()].set_index("row")
+    return pd.DataFrame({"choice": best["text"], "choice_correct": best["right"]})
 
 
 def perplexity(model: TransformerBridge, data: Dataset, *, batch_size: int = 50) -> float:

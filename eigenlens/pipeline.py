@@ -5,6 +5,7 @@ finished one is read back. The folder's ``config.yaml`` alone reproduces the run
 """
 
 import inspect
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,9 @@ class EigenpruneConfig(BaseModel):
     some training examples instead of the estimate: by default 300 for ``one_shot``, the only search
     that ranks once and for all, unless the criterion is ``max`` or ``ucb``, which estimate no mean.
 
+    Of long prompts, ``n_positions`` of the last positions keep a mean of their own (default: all);
+    those before them share one, which bounds memory and the size of the edit.
+
     ``reference_code`` scores and selects as the paper's released code does; its switches say in
     what. ``seed`` is the seed of the task, of resampling and of the search.
     """
@@ -79,6 +83,7 @@ class EigenpruneConfig(BaseModel):
     protect: dict[str, dict[str, Any]] = Field(default_factory=dict)
     protect_bound: float = Field(default=0.05, ge=0)
     batch_size: int = Field(default=50, ge=1)
+    n_positions: int | None = Field(default=None, ge=0)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -148,6 +153,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search_args": {"fractions": [0.3]},
     },
 }
+_FINISHED = (
+    "config.yaml",
+    "before.parquet",
+    "scores.parquet",
+    "frozen.safetensors",
+    "trace.parquet",
+    "protected.parquet",
+    "after.parquet",
+    "metrics.json",
+)
 _STATE = "search.safetensors"  # of a search that is not done yet
 # Given by the run itself, not by ``search_args``.
 _GIVEN = {"protect", "choose", "batch_size", "seed", "checkpoint", "progress"}
@@ -359,6 +374,7 @@ def _score(
         criterion=config.criterion,
         reference=config.reference,
         batch_size=config.batch_size,
+        n_positions=config.n_positions,
         seed=config.seed,
         progress=progress,
     )
@@ -422,6 +438,44 @@ def _after(
 ) -> Evaluation:
     with freeze(model, frozen):
         return evaluate(model, task.test, batch_size=config.batch_size, progress=progress)
+
+
+def load_run(folder: str | os.PathLike[str]) -> tuple[EigenpruneResult, dict[str, Any]]:
+    """A finished run, and the content of its ``metrics.json`` (versions, seconds, fingerprints).
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run; the message says how to get one.
+        FileFormatError: a file is truncated or foreign.
+    """
+    folder = Path(folder)
+    missing = [name for name in _FINISHED if not (folder / name).is_file()]
+    if "config.yaml" in missing:
+        raise FileNotFoundError(
+            f"{folder} is no run folder: it holds no config.yaml. `eigenlens run --out {folder}` "
+            "makes a run there."
+        )
+    if missing:
+        raise FileNotFoundError(
+            f"The run in {folder} is not finished: {', '.join(missing)} is not there. "
+            f"`eigenlens run --config {folder / 'config.yaml'} --out {folder}` goes on with it."
+        )
+    try:
+        metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileFormatError(f"{folder / 'metrics.json'} is not valid JSON: {error}") from error
+    config = EigenpruneConfig.from_yaml(folder / "config.yaml")
+    before = Evaluation.load(folder / "before.parquet")
+    after = Evaluation.load(folder / "after.parquet")
+    result = EigenpruneResult(
+        config,
+        before,
+        after,
+        compare(before, after, seed=config.seed),
+        Scores.load(folder / "scores.parquet"),
+        SearchResult.load(folder),
+        metrics["seconds"],
+    )
+    return result, metrics
 
 
 class _Stages:

@@ -7,7 +7,7 @@ directions are arbitrary within their span: such *degenerate blocks* are flagged
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +99,18 @@ class Spectra(Mapping[str, Spectrum]):
     def n_components(self) -> int:
         """Singular values of all matrices together."""
         return sum(spectrum.sigma.numel() for spectrum in self.values())
+
+    def of_kinds(self, kinds: Sequence[str]) -> "Spectra":
+        """The decompositions of these kinds of matrices only.
+
+        Raises:
+            ValueError: a kind that is not there.
+        """
+        there = dict.fromkeys(spectrum.matrix.kind for spectrum in self.values())
+        missing = [kind for kind in kinds if kind not in there]
+        if missing:
+            raise ValueError(f"No {', '.join(missing)} here; there are {', '.join(there)}.")
+        return Spectra((s for s in self.values() if s.matrix.kind in kinds), self.provenance)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per component: ``layer, matrix, head, index, sigma, block, block_size``."""

@@ -7,14 +7,16 @@ from eigenlens.baselines.calibration import AveragedCalibration, LearnedCalibrat
 from eigenlens.baselines.edits import Edit, FrozenEdit, NoEdit, load_edit, measure
 from eigenlens.baselines.freezing_parts import FreezingPart
 from eigenlens.baselines.laser import GradientLaser, Laser
+from eigenlens.baselines.learned import Learned
 from eigenlens.baselines.prompting import FewShot, ZeroShot
 from eigenlens.baselines.random_basis import RandomBasis
 from eigenlens.baselines.random_components import RandomComponents
 from eigenlens.baselines.ranked import Magnitude, OneShot, OppositeSign, ShuffledLabels
-from eigenlens.baselines.registry import standard_baselines
+from eigenlens.baselines.registry import KINDS, make_baseline, standard_baselines
 from eigenlens.baselines.svf import Svf
 
 __all__ = [
+    "KINDS",
     "AveragedCalibration",
     "Baseline",
     "Edit",
@@ -26,6 +28,7 @@ __all__ = [
     "Ia3",
     "Laser",
     "LastLayerBias",
+    "Learned",
     "LearnedCalibration",
     "Lora",
     "Magnitude",
@@ -40,6 +43,7 @@ __all__ = [
     "Svf",
     "ZeroShot",
     "load_edit",
+    "make_baseline",
     "measure",
     "standard_baselines",
 ]

@@ -16,6 +16,7 @@ from eigenlens.baselines.edits import Edit, measure, saved_bytes
 from eigenlens.costs import Cost, measured
 from eigenlens.evaluation import Evaluation
 from eigenlens.metrics import check_eval_mode
+from eigenlens.scoring import Scores
 from eigenlens.search import better
 from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task
@@ -31,6 +32,8 @@ class Search:
         task: the search uses ``train`` and ``validation`` only.
         seed: of everything drawn at random.
         batch_size: examples per pass.
+        n_positions: as for :func:`eigenlens.score`, where a method scores.
+        shared: scores made so far on these spectra and this train split, by their options.
     """
 
     model: TransformerBridge
@@ -38,12 +41,16 @@ class Search:
     task: Task
     seed: int = 0
     batch_size: int = 50
+    n_positions: int | None = None
+    shared: dict[str, Scores] = field(default_factory=dict)
     best: tuple[Edit, Evaluation] | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def consider(self, edit: Edit, **settings: Any) -> Evaluation:
         """Measure ``edit`` on validation, record it under its settings, and keep the better."""
-        found = measure(self.model, self.task.validation, edit, batch_size=self.batch_size)
+        found = measure(
+            self.model, self.task.validation, edit, batch_size=self.batch_size, choices=False
+        )
         self.trace.append({**settings, "accuracy": found.accuracy, "loss": found.loss})
         if self.best is None or better(found, self.best[1]):
             self.best = (edit, found)
@@ -96,6 +103,8 @@ class Baseline(ABC):
         *,
         seed: int = 0,
         batch_size: int = 50,
+        n_positions: int | None = None,
+        shared: dict[str, Scores] | None = None,
     ) -> FitResult:
         """Search for an edit, choose it on validation, and measure what that cost.
 
@@ -105,12 +114,18 @@ class Baseline(ABC):
             task: its train and validation splits are used.
             seed: of everything drawn at random.
             batch_size: examples per pass and per training step.
+            n_positions: how many of the last prompt positions have a mean of their own, where a
+                method scores; all for ``None``.
+            shared: given to repetitions that differ in ``seed`` only, lets the second use the
+                scores of the first; the cost of those is then that of the first alone.
 
         Raises:
             ValueError: a model in training mode, or what the baseline cannot do with this task.
         """
         check_eval_mode(model)
-        search = Search(model, spectra, task, seed, batch_size)
+        search = Search(
+            model, spectra, task, seed, batch_size, n_positions, {} if shared is None else shared
+        )
         with measured(model) as cost:
             self.find(search)
         if search.best is None:

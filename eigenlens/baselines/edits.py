@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import Evaluation, evaluate
-from eigenlens.files import load_tensors, save_tensors
+from eigenlens.files import FileFormatError, load_tensors, save_tensors
 from eigenlens.freezing import Freeze, FrozenSet
 from eigenlens.provenance import text_hash
 
@@ -78,14 +78,17 @@ class StoredEdit(Edit):
         save_tensors(path, _KIND, dict(self.tensors), metadata)
 
 
-def load_edit(path: str | os.PathLike[str]) -> StoredEdit:
-    """Read back what :meth:`StoredEdit.save` wrote.
+def load_edit(path: str | os.PathLike[str]) -> Edit:
+    """Read back what an edit's ``save`` wrote, a frozen set among them; controls are refused.
 
     Raises:
         FileNotFoundError: there is no such file.
         FileFormatError: the file is truncated, foreign, or another kind of result.
     """
-    tensors, metadata = load_tensors(path, _KIND)
+    try:
+        tensors, metadata = load_tensors(path, _KIND)
+    except FileFormatError:
+        return FrozenEdit(FrozenSet.load(path))
     return StoredEdit._forms[metadata["form"]](tensors, metadata["settings"])
 
 
@@ -183,7 +186,12 @@ def saved_bytes(edit: Edit) -> int:
 
 
 def measure(
-    model: TransformerBridge, data: Dataset, edit: Edit, *, batch_size: int = 50
+    model: TransformerBridge,
+    data: Dataset,
+    edit: Edit,
+    *,
+    batch_size: int = 50,
+    choices: bool = True,
 ) -> Evaluation:
     """Loss and accuracy of ``model`` on ``data`` under ``edit``.
 
@@ -194,7 +202,7 @@ def measure(
         ValueError: what :func:`eigenlens.evaluation.evaluate` raises.
     """
     with edit.applied(model):
-        found = evaluate(model, edit.transform(data), batch_size=batch_size)
+        found = evaluate(model, edit.transform(data), batch_size=batch_size, choices=choices)
     source = {"task_hash": text_hash(data.to_list())}
     return replace(
         found,

@@ -1,7 +1,8 @@
 """Parts of freezing on their own: which of them does the work?
 
 Freezing takes the input-dependent part of a component away and adds its mean at each position.
-These controls freeze the components that one-shot eigenpruning chooses, and do only part of that.
+These controls take the components that one-shot eigenpruning chooses, or given ones, and do only
+part of that to them.
 """
 
 from dataclasses import dataclass, replace
@@ -24,9 +25,12 @@ class FreezingPart(OneShot):
     Attributes:
         part: ``bias only`` adds the mean and keeps the weights; ``zero`` takes the component away
             and adds nothing; ``position-free`` adds the mean over all positions everywhere.
+        like: the components, in one or several sets; those of one-shot eigenpruning if none are
+            given.
     """
 
     part: Part = "bias only"
+    like: tuple[FrozenSet, ...] = ()
 
     def __post_init__(self) -> None:
         if self.part not in get_args(Part):
@@ -36,6 +40,10 @@ class FreezingPart(OneShot):
     def name(self) -> str:
         """The part."""
         return f"{self.part}, {self.criterion}"
+
+    def sets(self, search: Search) -> dict[float, FrozenSet]:
+        """The given components, or what each budget freezes."""
+        return {f.fraction: f for f in self.like} or super().sets(search)
 
     def edit(self, frozen: FrozenSet, search: Search) -> FrozenEdit:
         """The part of a freeze of ``frozen``."""

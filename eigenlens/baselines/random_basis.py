@@ -32,7 +32,8 @@ class RandomBasis(OneShot):
 
     def ranking(self, search: Search) -> Scores:
         """Scores of the components of a random basis."""
-        return super().ranking(replace(search, spectra=random_spectra(search.spectra, search.seed)))
+        spectra = random_spectra(search.spectra, search.seed)
+        return super().ranking(replace(search, spectra=spectra, shared={}))
 
     def edit(self, frozen: FrozenSet, search: Search) -> FrozenEdit:
         """The file names the seed: the directions do not follow from the weights alone."""

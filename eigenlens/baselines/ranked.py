@@ -4,6 +4,7 @@ Eigenpruning in one shot is the ranking by score; its controls change the rankin
 does, and nothing else.
 """
 
+import json
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from datasets import Dataset
 from eigenlens.baselines.baseline import Baseline, Search
 from eigenlens.baselines.edits import FrozenEdit
 from eigenlens.freezing import FrozenSet
-from eigenlens.scoring import Scores, score
+from eigenlens.scoring import Criterion, Reference, Scores, score
 from eigenlens.selection import select
 
 FRACTIONS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -57,10 +58,12 @@ class OneShot(Ranked):
     """Eigenpruning in one shot: components ranked by their scores.
 
     Attributes:
-        criterion: as for :func:`eigenlens.score`.
+        criterion, reference: as for :func:`eigenlens.score`; the reference is also what takes the
+            place of a frozen component's activation, but for ``resample``, where its mean does.
     """
 
-    criterion: str = "margin"
+    criterion: Criterion = "margin"
+    reference: Reference = "mean"
 
     @property
     def name(self) -> str:
@@ -69,7 +72,10 @@ class OneShot(Ranked):
 
     def ranking(self, search: Search) -> Scores:
         """Scores by the criterion."""
-        return train_scores(search, criterion=self.criterion)
+        options: dict[str, Any] = {"criterion": self.criterion, "reference": self.reference}
+        if self.reference == "resample":
+            options["seed"] = search.seed
+        return train_scores(search, **options)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class ShuffledLabels(OneShot):
     def ranking(self, search: Search) -> Scores:
         """Scores on permuted answers."""
         task = replace(search.task, train=shuffled_answers(search.task.train, search.seed))
-        return train_scores(replace(search, task=task), criterion=self.criterion)
+        return super().ranking(replace(search, task=task, shared={}))
 
 
 @dataclass(frozen=True)
@@ -132,16 +138,22 @@ def shuffled_answers(data: Dataset, seed: int) -> Dataset:
 
 
 def train_scores(search: Search, **options: Any) -> Scores:
-    """Scores on the train split; their means are what freezing needs."""
-    return score(
-        search.model,
-        search.spectra,
-        search.task.train,
-        batch_size=search.batch_size,
-        seed=search.seed,
-        progress=False,
-        **options,
-    )
+    """Scores on the train split; their means are what freezing needs.
+
+    They do not depend on the seed as long as means replace, so repetitions may share them.
+    """
+    key = json.dumps(options, sort_keys=True)
+    if key not in search.shared:
+        search.shared[key] = score(
+            search.model,
+            search.spectra,
+            search.task.train,
+            batch_size=search.batch_size,
+            n_positions=search.n_positions,
+            progress=False,
+            **options,
+        )
+    return search.shared[key]
 
 
 def ranked_by(scores: Scores, values: np.ndarray) -> Scores:

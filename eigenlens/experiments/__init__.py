@@ -1,15 +1,33 @@
 """The studies: each returns a table, a summary and a figure. One file each."""
 
-from collections.abc import Callable
-
-from eigenlens.experiments import ambiguous, estimators, planted, searches
+from eigenlens.experiments import (
+    ablations,
+    ambiguous,
+    architectures,
+    compare,
+    estimators,
+    fraction,
+    monitors,
+    paper_table,
+    planted,
+    searches,
+    transfer,
+)
 from eigenlens.experiments.result import ExperimentResult
+from eigenlens.experiments.study import Study
 
-EXPERIMENTS: dict[str, Callable[..., ExperimentResult]] = {
-    "ambiguous": ambiguous.run,
-    "estimators": estimators.run,
-    "planted": planted.run,
-    "searches": searches.run,
+EXPERIMENTS: dict[str, Study] = {
+    "ambiguous": ambiguous,
+    "planted": planted,
+    "estimators": estimators,
+    "searches": searches,
+    "paper-table": paper_table,
+    "compare": compare,
+    "fraction": fraction,
+    "ablations": ablations,
+    "transfer": transfer,
+    "architectures": architectures,
+    "monitors": monitors,
 }
 
-__all__ = ["EXPERIMENTS", "ExperimentResult"]
+__all__ = ["EXPERIMENTS", "ExperimentResult", "Study"]

@@ -20,13 +20,24 @@ from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
 from eigenlens.experiments.result import ExperimentResult, share
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.models import load_model
-from eigenlens.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, TEMPLATE, VERMILION
+from eigenlens.plots.style import (
+    BLUE,
+    FULL_WIDTH,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    TEMPLATE,
+    VERMILION,
+)
 from eigenlens.scoring import Scores, score
 from eigenlens.search import Protection, guarded, iterative, learned
 from eigenlens.selection import select
 from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
 
+QUESTION = "Does freezing uncover a computation that a model has but does not use?"
+MINUTES = 7
 COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 45, 60, 90, 150, 300)
 READINGS = ("product", "sum")
 _COLOURS = {
@@ -67,19 +78,10 @@ def _result(
     return ExperimentResult(
         name="ambiguous",
         table=table,
-        summary=_summary(table),
-        figure=_figure(table),
+        summary=summary(table),
+        figure=figure(table),
         settings={"split_seeds": split_seeds, "random_seeds": random_seeds},
-        text=(
-            "arith-tiny knows `a + b =` and `a x b =` and was trained to answer `a ? b =` half the "
-            "time with the sum and half with the product. Components were scored on 240 `?` pairs, "
-            "their number was chosen on 80, and accuracies are of 80 unseen pairs, added up over "
-            "the splits, with Wilson 95 % intervals. `+` and `x` are over all 400 pairs each. The "
-            "target of 95 % on both readings is reached by learned gates, frozen and attenuated, "
-            "and by no ranking. Freezing the product's rivals costs `+` two thirds of its answers, "
-            "unless `+` and `x` are protected during the search (to within 0.05 nats per answer "
-            "token): then it costs next to nothing, and the product no accuracy."
-        ),
+        text=text(table),
     )
 
 
@@ -171,7 +173,22 @@ def _at_chosen_budget(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([chosen, random[random["components"].to_numpy() == same.to_numpy()]])
 
 
-def _summary(table: pd.DataFrame) -> pd.DataFrame:
+def text(table: pd.DataFrame) -> str:
+    """What the page says about the table."""
+    return (
+        "arith-tiny knows `a + b =` and `a x b =` and was trained to answer `a ? b =` half the "
+        "time with the sum and half with the product. Components were scored on 240 `?` pairs, "
+        "their number was chosen on 80, and accuracies are of 80 unseen pairs, added up over "
+        "the splits, with Wilson 95 % intervals. `+` and `x` are over all 400 pairs each. The "
+        "target of 95 % on both readings is reached by learned gates, frozen and attenuated, "
+        "and by no ranking. Freezing the product's rivals costs `+` two thirds of its answers, "
+        "unless `+` and `x` are protected during the search (to within 0.05 nats per answer "
+        "token): then it costs next to nothing, and the product no accuracy."
+    )
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracies at the chosen budgets, added up over the splits."""
     rows = []
     for (reading, method), part in _at_chosen_budget(table).groupby(
         ["reading", "method"], sort=False
@@ -188,7 +205,8 @@ def _summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("reading", kind="stable")
 
 
-def _figure(table: pd.DataFrame) -> go.Figure:
+def figure(table: pd.DataFrame) -> go.Figure:
+    """Test accuracy against the number of frozen components, a panel for each reading."""
     figure = make_subplots(
         rows=1,
         cols=2,
@@ -222,12 +240,16 @@ def _figure(table: pd.DataFrame) -> go.Figure:
                     index=[own["components"].median()],
                 )
             figure.add_trace(_curve(summed, method, colour, first=column == 1), row=1, col=column)
-    figure.update_xaxes(type="log", title_text="components frozen (of 1,536)")
+    figure.update_xaxes(
+        type="log",
+        tickvals=[1, 3, 10, 30, 100, 300],
+        title_text=f"components frozen (of {table['of'].max():,})",
+    )
     figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
     figure.update_yaxes(title_text="test accuracy", col=1)
     figure.update_layout(
         template=TEMPLATE,
-        width=900,
+        width=FULL_WIDTH,
         height=460,
         legend={"orientation": "h", "y": -0.22, "x": 0.5, "xanchor": "center"},
         margin={"t": 50, "b": 130},

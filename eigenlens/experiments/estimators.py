@@ -23,7 +23,7 @@ from eigenlens.experiments.result import ExperimentResult, Parts, part_key, shar
 from eigenlens.faithfulness import agreement, stratified_sample, top_k
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.models import load_model
-from eigenlens.plots.style import BLUE, ORANGE, TEMPLATE
+from eigenlens.plots.style import BLUE, FULL_WIDTH, ORANGE, TEMPLATE
 from eigenlens.reference_code import (
     ReferenceCode,
     finetuned,
@@ -35,6 +35,8 @@ from eigenlens.search import one_shot
 from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
 
+QUESTION = "How true is each estimator, and what does each deviation of the released code do?"
+MINUTES = 15
 # Criteria of one scoring run, and how many forward passes it takes (a backward pass counts as 2).
 _CRITERIA = {"mean": 3, "max": 4, "ucb": 4, "fisher": 4, "position_fisher": 4, "margin": 4}
 _NODES = 8
@@ -97,22 +99,10 @@ def run(
     return ExperimentResult(
         name="estimators",
         table=table,
-        summary=_summary(table),
-        figure=_figure(table),
+        summary=summary(table),
+        figure=figure(table),
         settings={"models": ", ".join(models)},
-        text=(
-            "Each estimator against the exact effect of freezing single components (300 of them, "
-            "in equal numbers from five strata of the absolute first-order score; the top stratum "
-            "holds the largest 0.1 %, or 2 components on arith-tiny, whose second stratum is "
-            "shown instead), and the test accuracy of freezing its lowest scores in one shot, the "
-            "share chosen on validation (Wilson 95 % intervals, added up over seeds). `sign` is "
-            "the share of equal signs among exact effects above 1e-6 nats. Passes are forward "
-            "passes, a backward pass counting as two. `integrated` answers another question (the "
-            f"joint path); `refined`, the default of one-shot runs, is `margin` with the {REFINED} "
-            f"most doubtful effects measured exactly on {REFINED_EXAMPLES} of the examples, and "
-            "replaced where that refutes them. The lower rows are the paper's released code with "
-            "all deviations on, and with each taken back alone."
-        ),
+        text=text(table),
     )
 
 
@@ -238,7 +228,25 @@ def _rows(
     ]
 
 
-def _summary(table: pd.DataFrame) -> pd.DataFrame:
+def text(table: pd.DataFrame) -> str:
+    """What the page says about the table."""
+    return (
+        "Each estimator against the exact effect of freezing single components (300 of them, "
+        "in equal numbers from five strata of the absolute first-order score; the top stratum "
+        "holds the largest 0.1 %, or 2 components on arith-tiny, whose second stratum is "
+        "shown instead), and the test accuracy of freezing its lowest scores in one shot, the "
+        "share chosen on validation (Wilson 95 % intervals, added up over seeds). `sign` is "
+        "the share of equal signs among exact effects above 1e-6 nats. Passes are forward "
+        "passes, a backward pass counting as two. `integrated` answers another question (the "
+        f"joint path); `refined`, the default of one-shot runs, is `margin` with the {REFINED} "
+        f"most doubtful effects measured exactly on {REFINED_EXAMPLES} of the examples, and "
+        "replaced where that refutes them. The lower rows are the paper's released code with "
+        "all deviations on, and with each taken back alone."
+    )
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Agreement with exact effects, and the accuracy of freezing in one shot."""
     rows = []
     for (model, label, name), part in table.groupby(["model", "label", "estimator"], sort=False):
         overall = part[part["stratum"] == "all"]
@@ -265,7 +273,8 @@ def _number(values: pd.Series, form: str = "{:.2f}") -> str:
     return form.format(found.mean()) if len(found) else ""
 
 
-def _figure(table: pd.DataFrame) -> go.Figure:
+def figure(table: pd.DataFrame) -> go.Figure:
+    """Spearman correlation with exact effects by estimator, a panel for each task."""
     names = [*_CRITERIA, "integrated", "refined", "released code"]
     labels = list(dict.fromkeys(table["label"]))
     figure = make_subplots(
@@ -274,9 +283,10 @@ def _figure(table: pd.DataFrame) -> go.Figure:
     for column, label in enumerate(labels, start=1):
         part = table[(table["label"] == label) & table["estimator"].isin(names)]
         tiny = (part["model"] == "arith-tiny").any()
-        for title, stratum, colour, symbol in (
-            ("all strata", "all", BLUE, "circle"),
-            ("largest |score|", "1" if tiny else "0", ORANGE, "diamond"),
+        # The open circle lies on top: two equal values show as one inside the other.
+        for title, stratum, marker in (
+            ("largest |score|", "1" if tiny else "0", {"color": ORANGE, "symbol": "diamond"}),
+            ("all strata", "all", {"color": BLUE, "symbol": "circle-open", "line": {"width": 3}}),
         ):
             own = part[part["stratum"] == stratum].groupby("estimator")["spearman"]
             mean = own.apply(lambda v: v.astype(float).mean()).reindex(names)
@@ -285,7 +295,7 @@ def _figure(table: pd.DataFrame) -> go.Figure:
                     x=mean,
                     y=names,
                     mode="markers",
-                    marker={"color": colour, "symbol": symbol, "size": 10},
+                    marker={"size": 11, **marker},
                     name=title,
                     legendgroup=title,
                     showlegend=column == 1,
@@ -298,7 +308,7 @@ def _figure(table: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title_text="estimator", col=1)
     figure.update_layout(
         template=TEMPLATE,
-        width=900,
+        width=FULL_WIDTH,
         height=430,
         legend={"orientation": "h", "y": -0.2, "x": 0.5, "xanchor": "center"},
         margin={"t": 50, "b": 110, "l": 130},

@@ -32,14 +32,17 @@ from eigenlens.experiments.result import ExperimentResult
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.matrices import WeightMatrix, split_heads
 from eigenlens.models import load_model
-from eigenlens.plots.style import BLUE, SKY, TEMPLATE, VERMILION
+from eigenlens.plots.style import BLUE, FULL_WIDTH, SKY, TEMPLATE, VERMILION
 from eigenlens.provenance import Provenance
 from eigenlens.scoring import Scores, score
 from eigenlens.scoring.scorer import record_inputs
 from eigenlens.spectra import Spectra, Spectrum, decompose, thin_svd
 from eigenlens.tasks import Batch, Task, load_task, make_batches
 
+QUESTION = "Do scores find damage that was planted on purpose?"
+MINUTES = 8
 STRENGTHS = (0.01, 0.1, 1.0)  # nats of damage that are aimed at
+_COLOURS, _SYMBOLS = (SKY, BLUE, VERMILION), ("circle", "square", "diamond")
 
 
 @dataclass(frozen=True)
@@ -72,23 +75,10 @@ def _result(table: pd.DataFrame, models: tuple[str, ...], seed: int) -> Experime
     return ExperimentResult(
         name="planted",
         table=table,
-        summary=_summary(table),
-        figure=_figure(table),
+        summary=summary(table),
+        figure=figure(table),
         settings={"models": models, "seed": seed, "strengths": STRENGTHS},
-        text=(
-            "A rank-1 path of known directions was added to one matrix at a time, strong enough to "
-            "raise the task's loss by about 0.01, 0.1 or 1 nat. AUROC is the share of all other "
-            "components that score higher than the planted one (mean over placements), rank its "
-            "median place from below. Placements that could not do the damage at any strength, or "
-            "whose exact effect was not above three standard errors, are left out of the AUROC and "
-            "counted under `no damage` and `in noise` (rows where none is left are not shown). "
-            "`margin` is the default estimator; `released code` scores as the paper's released "
-            "code does: reference from another example of the batch, largest effect over batch and "
-            "positions, identical first positions included. A path strong enough to do damage is "
-            "also among the largest singular values, so σ alone finds it: this tests whether the "
-            "scores see what is harmful, not whether they are needed to find something unusual. "
-            f"Kinds without any placement left, and so untested: {_untested(table)}."
-        ),
+        text=text(table),
     )
 
 
@@ -274,7 +264,26 @@ def _place(values: np.ndarray, row: int) -> dict[str, Any]:
     return {"auroc": 1 - (below + tied / 2) / len(others), "rank": below + 1}
 
 
-def _summary(table: pd.DataFrame) -> pd.DataFrame:
+def text(table: pd.DataFrame) -> str:
+    """What the page says about the table."""
+    return (
+        "A rank-1 path of known directions was added to one matrix at a time, strong enough to "
+        "raise the task's loss by about 0.01, 0.1 or 1 nat. AUROC is the share of all other "
+        "components that score higher than the planted one (mean over placements), rank its "
+        "median place from below. Placements that could not do the damage at any strength, or "
+        "whose exact effect was not above three standard errors, are left out of the AUROC and "
+        "counted under `no damage` and `in noise` (rows where none is left are not shown). "
+        "`margin` is the default estimator; `released code` scores as the paper's released "
+        "code does: reference from another example of the batch, largest effect over batch and "
+        "positions, identical first positions included. A path strong enough to do damage is "
+        "also among the largest singular values, so σ alone finds it: this tests whether the "
+        "scores see what is harmful, not whether they are needed to find something unusual. "
+        f"Kinds without any placement left, and so untested: {_untested(table)}."
+    )
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """AUROC of the planted component by model, damage and method."""
     rows = []
     for (model, aim, method), part in table.groupby(["model", "aim", "method"], sort=False):
         seen = part[part["above_noise"]]
@@ -296,38 +305,42 @@ def _summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _figure(table: pd.DataFrame) -> go.Figure:
+def figure(table: pd.DataFrame) -> go.Figure:
+    """AUROC of the planted component by method; a method without a placement left has no mark."""
     models = list(dict.fromkeys(table["model"]))
     methods = list(dict.fromkeys(table["method"]))
     figure = make_subplots(rows=1, cols=len(models), subplot_titles=models, shared_yaxes=True)
     seen = table[table["above_noise"]]
     for column, model in enumerate(models, start=1):
-        for aim, colour in zip(STRENGTHS, (SKY, BLUE, VERMILION), strict=True):
+        for aim, colour, symbol in zip(STRENGTHS, _COLOURS, _SYMBOLS, strict=True):
             part = seen[(seen["model"] == model) & (seen["aim"] == aim)]
             grouped = part.groupby("method")["auroc"]
             error = grouped.std() / grouped.count() ** 0.5
             figure.add_trace(
-                go.Bar(
-                    x=methods,
-                    y=grouped.mean().reindex(methods),
-                    error_y={"array": error.reindex(methods), "thickness": 1, "width": 3},
-                    marker={"color": colour},
-                    name=f"{aim:g} nats of damage",
+                go.Scatter(
+                    x=grouped.mean().reindex(methods),
+                    y=methods,
+                    orientation="h",
+                    mode="markers",
+                    error_x={"array": error.reindex(methods), "thickness": 1.5, "width": 4},
+                    marker={"color": colour, "symbol": symbol, "size": 10},
+                    name=f"{aim:g} nat{'' if aim == 1 else 's'} of damage",
                     legendgroup=str(aim),
                     showlegend=column == 1,
                 ),
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(title_text="scored by", tickangle=-40)
-    figure.update_yaxes(range=[0, 1.05])
-    figure.update_yaxes(title_text="AUROC of the planted component", col=1)
+    figure.update_xaxes(range=[-0.05, 1.05], title_text="AUROC of the planted component")
+    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(title_text="scored by", col=1)
     figure.update_layout(
         template=TEMPLATE,
-        barmode="group",
-        width=420 * len(models) + 80,
-        height=480,
-        legend={"orientation": "h", "y": 1.12, "yanchor": "bottom", "x": 0.5, "xanchor": "center"},
-        margin={"t": 100, "b": 150},
+        scattermode="group",
+        scattergap=0.35,
+        width=FULL_WIDTH,
+        height=470,
+        legend={"orientation": "h", "y": -0.2, "x": 0.5, "xanchor": "center"},
+        margin={"t": 50, "b": 110, "l": 150},
     )
     return figure

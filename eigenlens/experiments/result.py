@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from eigenlens.files import save_table, write_json, write_text
+from eigenlens.plots.export import StaticExportError, export
 from eigenlens.provenance import versions
 
 
@@ -35,26 +37,33 @@ class ExperimentResult:
     text: str
 
     def save(self, folder: Path) -> None:
-        """Write ``NAME.parquet``, ``NAME.md`` and the figure (SVG, or HTML without kaleido)."""
+        """Write ``NAME.parquet``, ``NAME.md`` and the figure (HTML where SVG cannot be drawn)."""
         metadata = {"settings": self.settings, "versions": versions()}
         save_table(folder / f"{self.name}.parquet", "experiment", self.table, metadata)
-        picture = self._draw(folder)
-        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        try:
+            export({self.name: self.figure}, folder, ("svg", "pdf"))
+        except StaticExportError as error:
+            warnings.warn(f"{self.name}: the figure is HTML. {error}", stacklevel=2)
+            export({self.name: self.figure}, folder, ("html",))
+        self.save_page(folder)
+
+    def save_page(self, folder: Path) -> None:
+        """Write ``NAME.md``, which shows the figure that lies there."""
+        form = "svg" if (folder / f"{self.name}.svg").is_file() else "html"
+        settings = ", ".join(f"{key} {_plain(value)}" for key, value in self.settings.items())
         write_text(
             folder / f"{self.name}.md",
             f"# {self.name}\n\n{self.text}\n\n{self.summary.to_markdown(index=False)}\n\n"
-            f"![{self.name}]({picture})\n\n"
-            f"`eigenlens experiment {self.name} --out figures` ({settings}); every measurement is "
-            f"in `{self.name}.parquet`.\n",
+            f"![{self.name}]({self.name}.{form})\n\n"
+            f"`eigenlens experiment {self.name} --out figures` measures ({settings}), "
+            f"`eigenlens figures {self.name}` draws again from `{self.name}.parquet`, which holds "
+            "every measurement.\n",
         )
 
-    def _draw(self, folder: Path) -> str:
-        try:
-            self.figure.write_image(folder / f"{self.name}.svg")
-            return f"{self.name}.svg"
-        except (ImportError, ValueError, RuntimeError):  # no kaleido, or no browser for it
-            self.figure.write_html(folder / f"{self.name}.html")
-            return f"{self.name}.html"
+
+def _plain(value: object) -> str:
+    """A setting in words; sequences come back from disk as lists."""
+    return " / ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 class Parts:

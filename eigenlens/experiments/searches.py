@@ -20,12 +20,23 @@ from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
 from eigenlens.experiments.result import ExperimentResult, Parts, part_key, share
 from eigenlens.freezing import freeze
 from eigenlens.models import load_model
-from eigenlens.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, TEMPLATE, VERMILION
+from eigenlens.plots.style import (
+    BLUE,
+    FULL_WIDTH,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    TEMPLATE,
+    VERMILION,
+)
 from eigenlens.scoring import Scores, score
 from eigenlens.search import SearchResult, guarded, iterative, learned, one_shot
 from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
 
+QUESTION = "What does each search reach at the same number of passes?"
+MINUTES = 35
 METHODS = ("one-shot", "iterative", "guarded", "learned, frozen", "learned, attenuated")
 _COLOURS = {
     "before": GREY,
@@ -99,16 +110,10 @@ def run(
     return ExperimentResult(
         name="searches",
         table=table,
-        summary=_summary(table),
-        figure=_figure(table),
+        summary=summary(table),
+        figure=figure(table),
         settings={"models": ", ".join(models)},
-        text=(
-            "Test accuracy with Wilson 95 % intervals, added up over the seeds (each is another "
-            "split into train, validation and test). Passes are forward passes over the training "
-            "examples, a backward pass counting as two. `one-shot`, `iterative` and `guarded` "
-            "rank by `margin`. All budgets and stopping points were chosen on validation. Minutes "
-            "are of the search on 2 cores, scoring included, decomposition not."
-        ),
+        text=text(table),
     )
 
 
@@ -209,7 +214,19 @@ def _passes(method: str, result: SearchResult, n_train: int) -> float:
     return _ONE_PASS + 3 * steps * min(_MINIBATCH, n_train) / n_train
 
 
-def _summary(table: pd.DataFrame) -> pd.DataFrame:
+def text(table: pd.DataFrame) -> str:
+    """What the page says about the table."""
+    return (
+        "Test accuracy with Wilson 95 % intervals, added up over the seeds (each is another "
+        "split into train, validation and test). Passes are forward passes over the training "
+        "examples, a backward pass counting as two. `one-shot`, `iterative` and `guarded` "
+        "rank by `margin`. All budgets and stopping points were chosen on validation. Minutes "
+        "are of the search on 2 cores, scoring included, decomposition not."
+    )
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracy, cost and share of components, added up over the seeds."""
     final = table[table["step"] == -1]
     rows = []
     for (model, label, method), part in final.groupby(["model", "label", "method"], sort=False):
@@ -238,7 +255,8 @@ def _summary(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _figure(table: pd.DataFrame) -> go.Figure:
+def figure(table: pd.DataFrame) -> go.Figure:
+    """Test accuracy with its interval by search, a panel for each task."""
     labels = list(dict.fromkeys(table["label"]))
     figure = make_subplots(
         rows=1, cols=len(labels), shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=labels
@@ -258,7 +276,7 @@ def _figure(table: pd.DataFrame) -> go.Figure:
         shown.add(trace.name)
     figure.update_layout(
         template=TEMPLATE,
-        width=900,
+        width=FULL_WIDTH,
         height=420,
         legend={"orientation": "h", "y": -0.16, "x": 0.5, "xanchor": "center"},
         margin={"t": 50, "b": 110},

@@ -94,7 +94,7 @@ def guarded(
 
     def look(rows: np.ndarray, data: Dataset) -> tuple[Evaluation, bool]:
         with freeze(model, FrozenSet.from_scores(base, np.sort(rows))):
-            found = evaluate(model, data, batch_size=batch_size)
+            found = evaluate(model, data, batch_size=batch_size, choices=False)
             return found, protect is None or protect.holds(protect.measure())
 
     def look_at_more(rows: np.ndarray, more: np.ndarray) -> tuple[Evaluation, bool]:

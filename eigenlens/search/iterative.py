@@ -57,7 +57,7 @@ def iterative(
 
     def look(rows: np.ndarray) -> Evaluation:
         with freeze(model, FrozenSet.from_scores(base, rows)):
-            return evaluate(model, validation, batch_size=batch_size)
+            return evaluate(model, validation, batch_size=batch_size, choices=False)
 
     rows = np.array([], dtype=int)
     trace: list[dict[str, Any]] = [trace_row(0, 0, look(rows))]

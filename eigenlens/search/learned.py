@@ -261,7 +261,7 @@ class _Search:
             z = (z > 0.5).to(z)
         z = torch.where(z > _OFF, z, 0)
         self._run.gates.set(z)
-        found = evaluate(self._model, self._validation, batch_size=self._batch_size)
+        found = evaluate(self._model, self._validation, batch_size=self._batch_size, choices=False)
         more: dict[str, Any] = {"train_loss": train_loss, "mean_gate": float(z.mean())}
         allowed = True
         if self._protect is not None:

@@ -50,7 +50,7 @@ def one_shot(
     trace: list[dict[str, Any]] = []
     for fraction, frozen in zip(sorted(fractions), sets, strict=True):
         with freeze(model, frozen):
-            found = evaluate(model, validation, batch_size=batch_size)
+            found = evaluate(model, validation, batch_size=batch_size, choices=False)
         trace.append(trace_row(len(trace), len(frozen), found, fraction=fraction))
     table = best_step(trace)
     return SearchResult("one_shot", sets[int(table["chosen"].argmax())], table)

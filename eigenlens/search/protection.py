@@ -124,6 +124,6 @@ class Protection:
 
     def _evaluate(self) -> dict[str, Evaluation]:
         return {
-            name: evaluate(self._model, half.data, batch_size=self._batch_size)
+            name: evaluate(self._model, half.data, batch_size=self._batch_size, choices=False)
             for name, half in self._checking.items()
         }

@@ -1,0 +1,64 @@
+"""Eigenpruning against every baseline, in one harness: accuracy, time, memory, parameters."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from eigenlens.experiments.grid import grid_result
+from eigenlens.experiments.result import ExperimentResult
+from eigenlens.experiments.views import INTERVALS, dots, own, percent, pooled
+
+QUESTION = "How does eigenpruning compare with other ways to change a model, and at what cost?"
+MINUTES = 45
+
+
+def run(
+    models: tuple[str, ...] | None = None,
+    config: Path | None = None,
+    parts: Path | None = None,
+) -> ExperimentResult:
+    """Run ``configs/compare.yaml``, or ``config``."""
+    return grid_result(sys.modules[__name__], "compare", models, config, parts)
+
+
+def text(table: pd.DataFrame) -> str:
+    """What the columns are."""
+    return (
+        f"{INTERVALS} Each method has the same examples to learn from and the same ones to choose "
+        "on. `tried` counts the candidates that it measured on validation (a search by gates looks "
+        "at validation itself and hands over one). Seconds, passes and memory are of the whole "
+        "fit, decomposition excepted, in one process on one core; memory is what the process took "
+        "above its size before. `numbers set` counts what the edit sets: strengths and means of "
+        "frozen components at each position, entries of adapters, singular values cut."
+    )
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy and cost of every method on every task."""
+    found = pooled(own(table))
+    return pd.DataFrame(
+        {
+            "task": found["label"],
+            "method": found["method"],
+            "test accuracy": found.apply(percent, axis=1),
+            "loss (nats)": found["loss"].map("{:.2f}".format),
+            "components": found["components"],
+            "tried": found["candidates"].map("{:.0f}".format),
+            "seconds": found["seconds"].map("{:.1f}".format),
+            "forward / backward examples": [
+                f"{f:,.0f} / {b:,.0f}"
+                for f, b in zip(found["forward_examples"], found["backward_examples"], strict=True)
+            ],
+            "memory (MB)": found["peak_memory_mb"].map("{:,.0f}".format),
+            "numbers set": found["parameters_changed"].map("{:,.0f}".format),
+            "file (kB)": (found["saved_bytes"] / 1000).map("{:,.0f}".format),
+        }
+    )
+
+
+def figure(table: pd.DataFrame) -> go.Figure:
+    """A panel per task, a line per method."""
+    found = pooled(own(table))
+    return dots(found, list(dict.fromkeys(found["label"])), list(dict.fromkeys(found["method"])))

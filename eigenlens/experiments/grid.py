@@ -1,0 +1,296 @@
+"""Runs every method on every task of every model: one *cell* each, kept when it is done.
+
+A cell is a fit on the train split, with choices made on validation, and one measurement on test.
+Its file is named by a hash of all that it depends on, so that studies share cells; beside it lies
+the edit itself, for what is measured later under it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.baselines import Edit, FitResult, FrozenEdit, load_edit, measure
+from eigenlens.evaluation import Evaluation, majority_accuracy, perplexity
+from eigenlens.experiments.config import CONFIGS, Data, Method, Setting, StudyConfig
+from eigenlens.experiments.result import ExperimentResult, Parts
+from eigenlens.experiments.study import Study
+from eigenlens.freezing import FrozenSet
+from eigenlens.models import load_model
+from eigenlens.monitors import output_statistics
+from eigenlens.provenance import text_hash
+from eigenlens.scoring import Scores
+from eigenlens.spectra import Spectra, decompose
+from eigenlens.tasks import Task, load_task
+
+_SEEDS_PER_DRAW = 1000  # seeds of two draws never meet
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task of one model."""
+
+    model: str
+    label: str
+    setting: Setting
+    name: str
+    method: Method
+    seed: int
+    draw: int
+    parent: "Cell | None" = None
+
+    @property
+    def key(self) -> str:
+        """Name of its files: readable, and unique by all that the result depends on."""
+        described = {
+            "model": self.model,
+            "task": self.setting.task,
+            "arguments": self.setting.arguments,
+            "batch_size": self.setting.batch_size,
+            "n_positions": self.setting.n_positions,
+            "method": self.method.model_dump(mode="json", exclude={"draws", "models", "like"}),
+            "options": self.options,
+            "seed": self.seed,
+            "draw": self.draw,
+            "parent": self.parent.key if self.parent else None,
+        }
+        unique = text_hash([json.dumps(described, sort_keys=True)])[:12]
+        return f"{Path(self.model).stem}_{self.setting.task}_{self.method.kind}_{unique}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the method that belong to this task."""
+        return self.setting.options.get(self.name, {})
+
+
+def cells(config: StudyConfig) -> Iterator[Cell]:
+    """All cells of a study, those that others are made like first."""
+    for model in config.models:
+        for label, setting in config.tasks.items():
+            if setting.models is not None and model not in setting.models:
+                continue
+            for seed in config.seeds if setting.seeds is None else setting.seeds:
+                made: dict[str, Cell] = {}
+                for name, method in config.methods.items():
+                    if setting.methods is not None and name not in setting.methods:
+                        continue
+                    if method.models is not None and model not in method.models:
+                        continue
+                    parent = _parent(name, method, made)
+                    for draw in range(method.draws):
+                        cell = Cell(model, label, setting, name, method, seed, draw, parent)
+                        made.setdefault(name, cell)
+                        yield cell
+
+
+def _parent(name: str, method: Method, made: dict[str, Cell]) -> Cell | None:
+    if method.like is None:
+        return None
+    if method.like not in made:
+        raise ValueError(f"{name} is made like {method.like!r}, which does not run where it does.")
+    return made[method.like]
+
+
+def run_grid(config: StudyConfig, parts: Path | None = None) -> pd.DataFrame:
+    """Measure every cell, and every probe under its edit.
+
+    Args:
+        config: the study.
+        parts: folder that keeps finished cells, to go on after an interruption.
+
+    Returns:
+        One row per cell and measured data: ``model, label, seed, method, draw, cell``, then
+        ``data`` (empty for the cell's own test split), its ``task``, ``right, n, loss,
+        choice_right`` and what the method cost.
+    """
+    planned = list(cells(config))
+    bench = _Bench(Parts(parts), parts)
+    rows: list[dict[str, Any]] = []
+    bar = tqdm(planned, desc="cells", unit="cell")
+    for cell in bar:
+        bar.set_postfix_str(f"{cell.model}, {cell.label}, {cell.name}")
+        rows += bench.rows(cell)
+        for label, probe in config.probes.items():
+            if probe.models is None or cell.model in probe.models:
+                rows += bench.probe(cell, label, probe)
+    return pd.DataFrame(rows)
+
+
+class _Bench:
+    """Fits cells; keeps one model at a time, and what was derived from it."""
+
+    def __init__(self, parts: Parts, folder: Path | None) -> None:
+        self._parts = parts
+        self._folder = folder
+        self._edits: dict[str, Edit] = {}
+        self._loaded: _Loaded | None = None
+        self._drawn: tuple[Any, ...] = ()
+        self._scores: dict[str, Scores] = {}
+
+    def rows(self, cell: Cell) -> list[dict[str, Any]]:
+        found = self._parts.do(cell.key, partial(self._fit, cell))
+        return [{**_names(cell), **row} for row in found]
+
+    def probe(self, cell: Cell, label: str, probe: Data) -> list[dict[str, Any]]:
+        unique = text_hash([probe.model_dump_json(exclude={"models"}), str(cell.seed)])[:12]
+        key = f"{cell.key}_on_{probe.task}_{unique}"
+        found = self._parts.do(key, partial(self._probe, cell, probe))
+        return [{**_names(cell), "data": label, **row} for row in found]
+
+    def _fit(self, cell: Cell) -> list[dict[str, Any]]:
+        loaded = self._model(cell.model)
+        task = loaded.task(cell.setting, cell.seed)
+        spectra = loaded.spectra
+        if cell.method.matrices is not None:
+            spectra = spectra.of_kinds(cell.method.matrices)
+        method = cell.method.build(cell.options, self._frozen(cell.parent))
+        found = method.fit(
+            loaded.model,
+            spectra,
+            task,
+            seed=cell.seed + _SEEDS_PER_DRAW * cell.draw,
+            batch_size=cell.setting.batch_size,
+            n_positions=cell.setting.n_positions,
+            shared=self._scores_of_draws(cell),
+        )
+        self._keep(cell, found.edit)
+        test = measure(loaded.model, task.test, found.edit, batch_size=cell.setting.batch_size)
+        return [{"data": "", "task": cell.setting.task, **_measured(test), **_found(found, task)}]
+
+    def _probe(self, cell: Cell, probe: Data) -> list[dict[str, Any]]:
+        loaded = self._model(cell.model)
+        data = loaded.task(probe, cell.seed).test
+        edit = self._edit(cell)
+        test = measure(loaded.model, data, edit, batch_size=probe.batch_size)
+        with edit.applied(loaded.model):
+            put = edit.transform(data)
+            statistics = output_statistics(loaded.model, put, batch_size=probe.batch_size)
+            # Of single answer words a perplexity says little.
+            chosen_from = any(data["candidates"])
+            text = (
+                None if chosen_from else perplexity(loaded.model, put, batch_size=probe.batch_size)
+            )
+        return [{"task": probe.task, **_measured(test), **statistics.summary(), "perplexity": text}]
+
+    def _scores_of_draws(self, cell: Cell) -> dict[str, Scores]:
+        """One dictionary for all draws of a method: they differ in their seed only."""
+        drawn = (cell.model, cell.label, cell.seed, cell.name)
+        if self._drawn != drawn:
+            self._drawn, self._scores = drawn, {}
+        return self._scores
+
+    def _keep(self, cell: Cell, edit: Edit) -> None:
+        if self._folder is None:
+            self._edits[cell.key] = edit
+        else:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            edit.save(self._folder / f"{cell.key}.safetensors")
+
+    def _edit(self, cell: Cell) -> Edit:
+        """The edit of a cell, which is fitted first if it has to be."""
+        self.rows(cell)
+        if self._folder is None:
+            return self._edits[cell.key]
+        return load_edit(self._folder / f"{cell.key}.safetensors")
+
+    def _frozen(self, cell: Cell | None) -> FrozenSet | None:
+        if cell is None:
+            return None
+        edit = self._edit(cell)
+        if not isinstance(edit, FrozenEdit):
+            raise ValueError(f"{cell.name} freezes nothing: nothing can be made like it.")
+        return edit.frozen
+
+    def _model(self, name: str) -> "_Loaded":
+        if self._loaded is None or self._loaded.name != name:
+            self._loaded = _Loaded(name)
+        return self._loaded
+
+
+class _Loaded:
+    """A model with its decomposition."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.model: TransformerBridge = load_model(name)
+
+    @cached_property
+    def spectra(self) -> Spectra:
+        return decompose(self.model, progress=False)
+
+    def task(self, data: Data, seed: int) -> Task:
+        """The task with this seed, unless its arguments name another."""
+        return load_task(data.task, self.model.tokenizer, **{"seed": seed, **data.arguments})
+
+
+def _names(cell: Cell) -> dict[str, Any]:
+    return {
+        "model": cell.model,
+        "label": cell.label,
+        "seed": cell.seed,
+        "method": cell.name,
+        "draw": cell.draw,
+        "cell": cell.key,
+    }
+
+
+def _measured(test: Evaluation) -> dict[str, Any]:
+    choices = test.examples.get("choice_correct")
+    return {
+        "right": int(test.examples["correct"].sum()),
+        "n": test.n,
+        "loss": test.loss,
+        "choice_right": None if choices is None else int(choices.sum()),
+        # lets two cells be compared example by example
+        "correct": "".join("01"[int(value)] for value in test.examples["correct"]),
+    }
+
+
+def _found(found: FitResult, task: Task) -> dict[str, Any]:
+    """What was chosen, and at what cost."""
+    frozen = found.edit.frozen if isinstance(found.edit, FrozenEdit) else None
+    best = found.trace.sort_values(["accuracy", "loss"], ascending=[False, True]).iloc[0]
+    return {
+        "validation_accuracy": found.validation.accuracy,
+        "candidates": len(found.trace),
+        "chosen": json.dumps({str(k): v for k, v in best.items()}, default=float),
+        "components": None if frozen is None else len(frozen),
+        "share": None if frozen is None else frozen.fraction,
+        "majority": majority_accuracy(task.train, task.test),
+        **found.cost.summary(),
+    }
+
+
+def grid_result(
+    study: Study,
+    name: str,
+    models: tuple[str, ...] | None,
+    config: Path | None,
+    parts: Path | None,
+) -> ExperimentResult:
+    """Run a study of this kind, from its own file or another one.
+
+    Args:
+        study: the module that shows what was measured.
+        name: of the study and of its file in ``experiments/configs``.
+        models: in place of the file's.
+        config: YAML file in place of the study's own.
+        parts: folder of this study's parts; cells lie beside it, where all studies find them.
+    """
+    read = StudyConfig.read(config or CONFIGS / f"{name}.yaml")
+    read = read.of_models(models) if models else read
+    table = run_grid(read, parts.parent / "cells" if parts is not None else None)
+    return ExperimentResult(
+        name=name,
+        table=table,
+        summary=study.summary(table),
+        figure=study.figure(table),
+        settings={"models": ", ".join(read.models), "seeds": ", ".join(map(str, read.seeds))},
+        text=study.text(table),
+    )

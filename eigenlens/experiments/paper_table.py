@@ -1,0 +1,65 @@
+"""The paper's table: each task before and after, with controls."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from eigenlens.experiments.grid import grid_result
+from eigenlens.experiments.result import ExperimentResult
+from eigenlens.experiments.views import INTERVALS, changes, dots, own, percent, pooled
+
+QUESTION = "What does eigenpruning do to the paper's tasks, beside random freezing, LASER and LoRA?"
+MINUTES = 60
+
+
+def run(
+    models: tuple[str, ...] | None = None,
+    config: Path | None = None,
+    parts: Path | None = None,
+) -> ExperimentResult:
+    """Run ``configs/paper-table.yaml``, or ``config``."""
+    return grid_result(sys.modules[__name__], "paper-table", models, config, parts)
+
+
+def text(table: pd.DataFrame) -> str:
+    """What the columns are."""
+    return (
+        f"{INTERVALS} `exact` is the paper's measure: the answer is what greedy decoding over the "
+        "whole vocabulary would write. `choice` asks only which candidate answer is the most "
+        "likely, and `majority` is the exact accuracy of always giving the most frequent answer of "
+        "the train split. `gained, lost` are test examples against `before`, with McNemar's exact "
+        "p (of a random control, the first draw). Minutes are of the fit, on one core."
+    )
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Exact and choice accuracy of every method on every task."""
+    found = pooled(own(table)).merge(changes(table), on=["model", "label", "method"])
+    return pd.DataFrame(
+        {
+            "model": found["model"],
+            "task": found["label"],
+            "method": found["method"],
+            "exact": found.apply(percent, axis=1),
+            "choice": found.apply(percent, axis=1, args=("choice", "choice_low", "choice_high")),
+            "majority": found["majority"].map("{:.1%}".format),
+            "gained, lost": [
+                "" if m == "before" else f"{g}, {lost} (p = {p:.2g})"
+                for m, g, lost, p in zip(
+                    found["method"], found["gained"], found["lost"], found["p"], strict=True
+                )
+            ],
+            "loss (nats)": found["loss"].map("{:.2f}".format),
+            "share frozen": found["share"],
+            "minutes": (found["seconds"] / 60).map("{:.1f}".format),
+        }
+    )
+
+
+def figure(table: pd.DataFrame) -> go.Figure:
+    """A panel per task, a line per method."""
+    found = pooled(own(table))
+    labels, methods = list(dict.fromkeys(found["label"])), list(dict.fromkeys(found["method"]))
+    return dots(found, labels, methods, height=430)

@@ -1,0 +1,212 @@
+"""Tables and figures of studies that :mod:`eigenlens.experiments.grid` runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import scipy.stats
+from plotly.subplots import make_subplots
+
+from eigenlens.evaluation import wilson_interval
+from eigenlens.experiments.result import share
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, ORANGE, TEMPLATE, VERMILION
+
+_CELL = ["model", "label", "method"]
+INTERVALS = (
+    "Accuracies are of test examples that nothing else saw, with Wilson 95 % intervals, added up "
+    "over seeds (each is another split). Where components are drawn at random, the mean of the "
+    "draws is given, with the lowest and the highest draw. Everything was chosen on validation "
+    "data, by exact match, then loss."
+)
+
+
+def own(table: pd.DataFrame) -> pd.DataFrame:
+    """Measurements on the test splits of the cells' own tasks."""
+    return table[table["data"] == ""]
+
+
+def pooled(table: pd.DataFrame, by: Sequence[str] = _CELL) -> pd.DataFrame:
+    """One row per model, task and method: seeds added up, draws as a range.
+
+    Columns besides ``by``: ``accuracy, low, high`` (exact match), ``choice, choice_low,
+    choice_high`` (empty without candidates), ``loss``, ``seeds``, ``draws``, the means of what a
+    fit cost, and ``components`` and ``share`` by seed as text.
+    """
+    rows = []
+    for key, part in table.groupby(list(by), sort=False, dropna=False):
+        row: dict[str, Any] = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
+        row |= dict(zip(("accuracy", "low", "high"), _accuracy(part, "right"), strict=True))
+        choices = part["choice_right"].notna().all()
+        found = _accuracy(part, "choice_right") if choices else (np.nan,) * 3
+        row |= dict(zip(("choice", "choice_low", "choice_high"), found, strict=True))
+        row |= {"loss": part["loss"].mean(), "seeds": part["seed"].nunique()}
+        row |= {"draws": part["draw"].nunique(), "n": int(_first_draw(part)["n"].sum())}
+        for column in _COSTS:
+            if column in part:
+                row[column] = part[column].astype(float).mean()
+        for column in ("components", "share"):
+            if column in part:
+                row[column] = _by_seed(_first_draw(part)[column], column)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+_COSTS = (
+    "seconds",
+    "forward_examples",
+    "backward_examples",
+    "peak_memory_mb",
+    "parameters_changed",
+    "saved_bytes",
+    "majority",
+    "candidates",
+)
+
+
+def _first_draw(part: pd.DataFrame) -> pd.DataFrame:
+    return part[part["draw"] == part["draw"].min()]
+
+
+def _accuracy(part: pd.DataFrame, column: str) -> tuple[float, float, float]:
+    """Accuracy with its interval; over draws, the mean with the lowest and the highest."""
+    sums = part.assign(right=part[column].astype(int)).groupby("draw")[["right", "n"]].sum()
+    shares = sums["right"] / sums["n"]
+    if len(sums) > 1:
+        return float(shares.mean()), float(shares.min()), float(shares.max())
+    right, n = (int(value) for value in sums.iloc[0])
+    return right / n, *wilson_interval(right, n)
+
+
+def _by_seed(values: pd.Series, column: str) -> str:
+    if values.isna().any():
+        return ""
+    form = "{:,.0f}" if column == "components" else "{:.2%}"
+    return " / ".join(form.format(value) for value in values)
+
+
+def changes(table: pd.DataFrame, base: str = "before") -> pd.DataFrame:
+    """Examples gained and lost against ``base``, and McNemar's exact p, per cell of the table."""
+    rows = []
+    for (model, label), part in own(table).groupby(["model", "label"], sort=False):
+        was = part[part["method"] == base].set_index("seed")["correct"]
+        for method, mine in part[part["draw"] == 0].groupby("method", sort=False):
+            pairs = [
+                (a, b)
+                for seed, now in zip(mine["seed"], mine["correct"], strict=True)
+                for a, b in zip(was[seed], now, strict=True)
+            ]
+            gained, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
+            p = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+            rows.append(
+                {
+                    "model": model,
+                    "label": label,
+                    "method": method,
+                    "gained": gained,
+                    "lost": lost,
+                    "p": p,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def percent(row: pd.Series, name: str = "accuracy", low: str = "low", high: str = "high") -> str:
+    """An accuracy with its interval, or nothing where there is none."""
+    return "" if pd.isna(row[name]) else share(row[name], row[low], row[high])
+
+
+def dots(
+    found: pd.DataFrame,
+    panels: Sequence[str],
+    rows: Sequence[str],
+    *,
+    row: str = "method",
+    panel: str = "label",
+    height: int | None = None,
+    left: int = 220,
+) -> go.Figure:
+    """Accuracies with intervals: a panel per task, a line per method; choices beside exact match.
+
+    Args:
+        found: of :func:`pooled`.
+        panels, rows: values of the columns ``panel`` and ``row``, in order.
+        row, panel: columns.
+        height: in pixels; by the number of lines if not given.
+        left: margin for the names of the lines, in pixels.
+    """
+    figure = make_subplots(
+        rows=1,
+        cols=len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.025,
+        subplot_titles=[_wrapped(name) for name in panels],
+    )
+    order = {name: i for i, name in enumerate(rows)}
+    for column, name in enumerate(panels, start=1):
+        part = found[(found[panel] == name) & found[row].isin(rows)]
+        part = part.assign(at=part[row].map(order))
+        base = part[part[row] == "before"]
+        for value in base["accuracy"]:
+            figure.add_vline(value, line={"color": GREY, "dash": "dot"}, row=1, col=column)
+        for measure, low, high, colour, symbol, shift in _MEASURES:
+            there = part[part[measure].notna()]
+            if not len(there):
+                continue
+            figure.add_trace(
+                go.Scatter(
+                    x=there[measure],
+                    y=there["at"] + shift * found["choice"].notna().any(),
+                    error_x={
+                        "type": "data",
+                        "array": there[high] - there[measure],
+                        "arrayminus": there[measure] - there[low],
+                        "thickness": 1.2,
+                        "width": 2,
+                    },
+                    mode="markers",
+                    marker={"color": colour, "symbol": symbol, "size": 7},
+                    name=_LABELS[measure],
+                    legendgroup=measure,
+                ),
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(range=[-0.03, 1.03], tickformat=".0%", tickvals=[0, 0.5, 1])
+    figure.update_xaxes(title_text="test accuracy", col=(len(panels) + 1) // 2)
+    figure.update_yaxes(
+        tickvals=list(range(len(rows))), ticktext=list(rows), range=[len(rows) - 0.4, -0.6]
+    )
+    _one_legend_entry_each(figure)
+    figure.update_layout(
+        template=TEMPLATE,
+        width=FULL_WIDTH,
+        height=height or 150 + 24 * len(rows),
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+        margin={"t": 70, "b": 60, "l": left, "r": 20},
+        showlegend=bool(found["choice"].notna().any()),
+    )
+    if found["choice"].notna().any():
+        figure.update_layout(legend={"y": -0.14 * 600 / figure.layout.height, "yanchor": "top"})
+        figure.update_layout(margin={"b": 100})
+    return figure
+
+
+_MEASURES = (
+    ("accuracy", "low", "high", BLUE, "circle", -0.15),
+    ("choice", "choice_low", "choice_high", ORANGE, "diamond", 0.15),
+)
+_LABELS = {"accuracy": "exact match", "choice": "choice among candidates"}
+HIGHLIGHT = VERMILION
+
+
+def _wrapped(name: str) -> str:
+    return name.replace(", ", "<br>")
+
+
+def _one_legend_entry_each(figure: go.Figure) -> None:
+    shown: set[str] = set()
+    for trace in figure.data:
+        trace.showlegend = trace.name not in shown
+        shown.add(trace.name)

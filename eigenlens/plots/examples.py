@@ -1,0 +1,53 @@
+"""The loss of every example before and after an edit."""
+
+import numpy as np
+import plotly.graph_objects as go
+
+from eigenlens.evaluation import Evaluation
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, GREY, TEMPLATE, VERMILION
+
+# Name of each outcome, its colour and symbol: whether it was right before, and after.
+OUTCOMES = {
+    (True, True): ("right both times", BLUE, "circle-open"),
+    (False, False): ("wrong both times", GREY, "x-thin-open"),
+    (False, True): ("gained", GREEN, "triangle-up"),
+    (True, False): ("lost", VERMILION, "triangle-down"),
+}
+_FLOOR = 1e-4  # nats: smaller losses lie on the axis
+
+
+def example_losses(before: Evaluation, after: Evaluation) -> go.Figure:
+    """Loss after against loss before, one mark an example; below the diagonal it has fallen.
+
+    Args:
+        before, after: of the same examples. Losses below 1e-4 nats are drawn there.
+    """
+    was, now = (e.examples["correct"].to_numpy(bool) for e in (before, after))
+    x, y = (np.maximum(e.examples["loss"].to_numpy(), _FLOOR) for e in (before, after))
+    ends = [_FLOOR, float(max(x.max(), y.max(), 10 * _FLOOR)) * 1.5]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", line={"color": GREY, "dash": "dot"}, name="unchanged"
+    )
+    for (right, still), (name, colour, symbol) in OUTCOMES.items():
+        rows = (was == right) & (now == still)
+        figure.add_scatter(
+            x=x[rows],
+            y=y[rows],
+            mode="markers",
+            marker={"color": colour, "symbol": symbol, "size": 9, "opacity": 0.8},
+            name=f"{name} ({rows.sum()})",
+            text=after.examples.loc[rows, "prompt"],
+            hovertemplate="%{text}<br>%{x:.3g} → %{y:.3g} nats<extra></extra>",
+        )
+    axis = {"type": "log", "dtick": 1, "exponentformat": "power"}
+    figure.update_layout(
+        template=TEMPLATE,
+        xaxis={**axis, "title": "loss before (nats per answer)"},
+        yaxis={**axis, "title": "loss after (nats per answer)"},
+        width=FULL_WIDTH,
+        height=480,
+        margin={"t": 30, "b": 120},
+        legend={"orientation": "h", "y": -0.24, "x": 0.5, "xanchor": "center"},
+    )
+    return figure

@@ -1,0 +1,69 @@
+"""What the report shows of the inside of the model: it is loaded again for this."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from eigenlens.activations import ActivationChange, activation_change
+from eigenlens.circuits import Circuit, circuit
+from eigenlens.freezing import FrozenSet
+from eigenlens.models import load_model
+from eigenlens.pipeline import EigenpruneResult
+from eigenlens.scoring import Scores
+from eigenlens.scoring.scores import COMPONENT
+from eigenlens.tasks import load_task
+
+MOST_FROZEN = 60  # nodes of the circuit: each is a backward pass
+MOST_EXAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Activations before and after, and the circuit of pruned paths.
+
+    Attributes:
+        activations: on test examples.
+        paths: on training examples, as the scores are; ``None`` if nothing is frozen.
+        shown: how many frozen components are in ``paths``: those with the largest scores.
+    """
+
+    activations: ActivationChange
+    paths: Circuit | None
+    shown: int
+
+
+def look_inside(result: EigenpruneResult) -> Inside:
+    """Load model and task as the run did, and look at what its edit does inside.
+
+    Raises:
+        ValueError: the model or the task cannot be loaded, or is not the one of the run.
+        OSError: its files cannot be read or fetched.
+    """
+    config, frozen = result.config, result.frozen
+    model = load_model(config.model, dtype=config.dtype, device=config.device)
+    frozen.check_model(model)
+    task = load_task(config.task, model.tokenizer, **{"seed": config.seed} | config.task_args)
+    test, train = (
+        data.select(range(min(MOST_EXAMPLES, len(data)))) for data in (task.test, task.train)
+    )
+    options = {"batch_size": config.batch_size, "progress": False}
+    changed = activation_change(model, frozen, test, **options)
+    if not len(frozen):
+        return Inside(changed, None, 0)
+    strongest = _strongest(frozen, result.scores)
+    paths = circuit(model, result.scores, train, strongest, **options)
+    return Inside(changed, paths, len(strongest))
+
+
+def _strongest(frozen: FrozenSet, scores: Scores) -> FrozenSet:
+    """The frozen components with the largest scores of either sign."""
+    if len(frozen) <= MOST_FROZEN:
+        return frozen
+    place = pd.Series(
+        np.arange(len(scores)), pd.MultiIndex.from_frame(scores.components[COMPONENT])
+    )
+    rows = place.reindex(pd.MultiIndex.from_frame(frozen.components[COMPONENT])).to_numpy()
+    order = np.argsort(-np.abs(scores.delta_loss[rows]), kind="stable")[:MOST_FROZEN]
+    strength = frozen.components["strength"].to_numpy()[order]
+    return FrozenSet.from_scores(scores, rows[order], strength)

@@ -1,0 +1,241 @@
+"""The report: one HTML page that explains a run, without any request to a network."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from plotly.offline import get_plotlyjs
+
+from eigenlens import plots
+from eigenlens.evaluation import Evaluation
+from eigenlens.files import write_text
+from eigenlens.pipeline import EigenpruneResult, load_run
+from eigenlens.plots.examples import OUTCOMES, example_losses
+from eigenlens.report.drawing import fragment
+from eigenlens.report.inside import Inside, look_inside
+from eigenlens.report.tables import Table, make_table
+
+MOST_ROWS = 200  # of a table: a page for a phone, not a data base
+
+
+def write_report(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    inside: bool = True,
+) -> Path:
+    """Write the page of a finished run.
+
+    Args:
+        run: folder of :func:`eigenlens.pipeline.run`.
+        out: the file to write (default: ``report.html`` in the folder).
+        inside: load the model again to draw activations and the circuit of pruned paths. Where
+            that is not possible, the page says why and has everything else.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+        FileFormatError: a file of it is truncated or foreign.
+    """
+    result, metrics = load_run(run)
+    found, reason = _inside(result, wanted=inside)
+    path = Path(out) if out is not None else Path(run) / "report.html"
+    write_text(path, _render(result, metrics, found, reason))
+    return path
+
+
+def _inside(result: EigenpruneResult, *, wanted: bool) -> tuple[Inside | None, str]:
+    """What the model shows, or why it does not."""
+    if not wanted:
+        return None, "the report was written with --no-circuit."
+    try:
+        return look_inside(result), ""
+    except (ValueError, OSError) as error:
+        return None, f"the model of this run could not be used: {error}"
+
+
+def _render(
+    result: EigenpruneResult, metrics: dict[str, Any], found: Inside | None, reason: str
+) -> str:
+    folder = files("eigenlens.report")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": lambda share: f"{share:.1%}",
+        "range": lambda ends: f"{ends[0]:.1%} … {ends[1]:.1%}",
+        "signed": lambda value: f"{value:+.3f}".replace("-", "−"),
+        "points": lambda value: f"{100 * value:+.1f}".replace("-", "−"),
+    }
+    changed, n_changed = _changed(result.before, result.after)
+    return environment.get_template("page.html.j2").render(
+        result=result,
+        metrics=metrics,
+        inside=found,
+        left_out=reason,
+        plotly_js=get_plotlyjs(),
+        style=(folder / "page.css").read_text(encoding="utf-8"),
+        script=(folder / "sort.js").read_text(encoding="utf-8"),
+        figures=_figures(result, found),
+        frozen=_frozen(result),
+        changed=changed,
+        n_changed=n_changed,
+        spared=_spared(result.search.protected),
+        against=_against(found),
+        cost=_cost(result.seconds),
+        made_with=_made_with(metrics),
+        most_rows=MOST_ROWS,
+    )
+
+
+def _figures(result: EigenpruneResult, found: Inside | None) -> dict[str, str]:
+    """HTML of every figure that there is something to draw for, by name."""
+    scores, frozen = result.scores, result.frozen
+    drawn = {
+        "spectrum": plots.spectrum(scores, frozen),
+        "trace": plots.search_trace(result.search),
+        "losses": example_losses(result.before, result.after),
+    }
+    if len(frozen):
+        drawn["map"] = plots.pruned_map(frozen, scores)
+    if found is not None:
+        drawn["activations"] = plots.activation_change(found.activations)
+        if found.paths is not None:
+            drawn["circuit"] = plots.circuit(found.paths)
+    return {name: fragment(figure, f"figure-{name}") for name, figure in drawn.items()}
+
+
+def _frozen(result: EigenpruneResult) -> Table:
+    """The frozen components with the lowest scores."""
+    table = result.frozen.to_pandas().merge(
+        result.scores.to_pandas(), on=["layer", "matrix", "head", "index"]
+    )
+    return make_table(
+        table.sort_values("delta_loss").head(MOST_ROWS),
+        "Frozen components: ΔL is the predicted change of the loss, in nats per example; σ is the "
+        "singular value, strength how much of its effect is frozen",
+        {
+            "layer": "d",
+            "matrix": "",
+            "head": "d",
+            "index": "d",
+            "strength": ".3g",
+            "delta_loss": ".4g",
+            "sigma": ".4g",
+        },
+    )
+
+
+def _changed(before: Evaluation, after: Evaluation) -> tuple[Table, int]:
+    """Examples whose answer is another one than before, those that were lost or gained first."""
+    was, now = before.examples, after.examples
+    both = pd.DataFrame(
+        {
+            "prompt": now["prompt"],
+            "right answer": now["answer"],
+            "before": was["predicted"],
+            "after": now["predicted"],
+            "outcome": [
+                OUTCOMES[bool(a), bool(b)][0]
+                for a, b in zip(was["correct"], now["correct"], strict=True)
+            ],
+            "loss before": was["loss"],
+            "loss after": now["loss"],
+        }
+    )
+    changed = both[(was["predicted"] != now["predicted"]) | (was["correct"] != now["correct"])]
+    order = changed["outcome"].map({"lost": 0, "gained": 1}).fillna(2)
+    changed = changed.iloc[np.argsort(order, kind="stable")]
+    table = make_table(
+        changed.head(MOST_ROWS),
+        "Test examples whose answer changed; losses in nats per answer",
+        {
+            "prompt": str,
+            "right answer": str,
+            "before": str,
+            "after": str,
+            "outcome": str,
+            "loss before": ".3f",
+            "loss after": ".3f",
+        },
+    )
+    return table, len(changed)
+
+
+def _spared(protected: pd.DataFrame) -> Table | None:
+    if protected.empty:
+        return None
+    return make_table(
+        protected.rename(columns=lambda name: name.replace("_", " ")),
+        "What the search was told to leave as it is: divergence from the unedited model and its "
+        "bound in nats per answer token, losses in nats per answer",
+        {
+            "data": "",
+            "examples": "d",
+            "divergence": ".4f",
+            "bound": ".3g",
+            "loss before": ".3f",
+            "loss after": ".3f",
+            "accuracy before": ".1%",
+            "accuracy after": ".1%",
+        },
+    )
+
+
+def _against(found: Inside | None) -> Table | None:
+    """Which frozen components wrote against the right answer, and from where they read."""
+    if found is None or found.paths is None:
+        return None
+    table = found.paths.against_answer()
+    if table.empty:
+        return None
+    return make_table(
+        table.rename(columns=lambda name: name.replace("_", " ")),
+        "Frozen components that wrote against the right answer: what each adds to its "
+        "log-probability (nats) and logit at the last position of the prompt, and where it reads",
+        {
+            "node": "",
+            "answer logprob": ".4f",
+            "answer logit": ".4f",
+            "delta loss": ".4g",
+            "promotes": str,
+            "suppresses": str,
+            "read from": str,
+            "sources": str,
+        },
+    )
+
+
+def _cost(seconds: dict[str, float]) -> Table:
+    rows = pd.DataFrame({"stage": list(seconds), "seconds": list(seconds.values())})
+    total = sum(seconds.values())
+    rows["share"] = rows["seconds"] / total if total else 0.0
+    return make_table(
+        rows,
+        f"Seconds of each stage, {total:.1f} in all; a stage that an earlier start of the run had "
+        "finished counts as reading it back",
+        {"stage": "", "seconds": ".2f", "share": ".1%"},
+    )
+
+
+def _made_with(metrics: dict[str, Any]) -> Table:
+    rows = [
+        *metrics["versions"].items(),
+        ("seed", str(metrics["seed"])),
+        *((f"fingerprint: {name}", value) for name, value in metrics["fingerprints"].items()),
+    ]
+    return make_table(
+        pd.DataFrame(rows, columns=["what", "value"]),
+        "Versions, seed and fingerprints",
+        {"what": "", "value": ""},
+    )

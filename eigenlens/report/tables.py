@@ -1,0 +1,66 @@
+"""Tables of the report: cells with a text to read and a value to sort by."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is shown, and what it is sorted by."""
+
+    text: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, and whether what is below it are numbers (set to the right, sorted by size)."""
+
+    name: str
+    number: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the template draws.
+
+    Attributes:
+        caption: names the table and says its units.
+        columns: one per cell of a row.
+        rows: in the order in which they are shown first.
+    """
+
+    caption: str
+    columns: list[Column]
+    rows: list[list[Cell]]
+
+
+def make_table(
+    frame: pd.DataFrame, caption: str, formats: Mapping[str, str | Callable[[object], str]]
+) -> Table:
+    """A table of the columns of ``frame`` that ``formats`` names, in that order.
+
+    Args:
+        frame: one row per row.
+        caption: names the table and says its units.
+        formats: of each column: a format specification (``".3f"``, ``""``) or a function.
+    """
+    columns = [
+        Column(name, is_numeric_dtype(frame[name]) and not is_bool_dtype(frame[name]))
+        for name in formats
+    ]
+    rows = [
+        [_cell(value, formats[column.name]) for column, value in zip(columns, values, strict=True)]
+        for values in frame[list(formats)].itertuples(index=False)
+    ]
+    return Table(caption, columns, rows)
+
+
+def _cell(value: object, form: str | Callable[[object], str]) -> Cell:
+    if value is None or value != value:  # NaN: a step that has no such number
+        return Cell("–", "")
+    text = form(value) if callable(form) else format(value, form)
+    return Cell(text.replace("-", "−") if not isinstance(value, str) else text, str(value))
