@@ -31,36 +31,46 @@ pd.Series({name: len(table) for name, table in stored.items()}, name="measuremen
 # ## One row per method
 #
 # A study has a row per model, task, seed (a split into train, validation and test) and method. We
-# add right answers up over seeds and give Wilson 95 % intervals; time and components are means.
-# Rows of a search's trace (`step` 0 and up) are left out.
+# add right answers up over seeds and give Wilson 95 % intervals; of methods that were drawn at
+# random several times, the mean draw counts. Steps of a search on the way, and measurements on
+# other data, are left out.
 
 
 # %%
+def final(table: pd.DataFrame) -> pd.DataFrame:
+    """The last measurement of every method on its own task, under one set of names."""
+    names = {"right": "test_right", "n": "test_n", "parameters_changed": "parameters"}
+    if "parameters_changed" not in table:
+        names["components"] = "parameters"
+    table = table.rename(columns=names)
+    for column, value in (("step", -1), ("data", "")):
+        if column in table:
+            table = table[table[column] == value]
+    return table if "draw" in table else table.assign(draw=0)
+
+
 def per_method(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy with its interval, time, and components, by model, task and method."""
-    final = table[table["step"] == -1] if "step" in table else table
+    """Accuracy with its interval, time, and numbers set, by model, task and method."""
     rows = []
-    for (model, label, method), own in final.groupby(["model", "label", "method"], sort=False):
-        right, n = int(own["test_right"].sum()), int(own["test_n"].sum())
-        low, high = wilson_interval(right, n)
-        row = {"model": model, "label": label, "method": method, "accuracy": right / n}
-        row |= {"low": low, "high": high, "n": n, "seeds": own["seed"].nunique()}
-        row["seconds"] = own["seconds"].mean() if method != "before" else 0.0
-        known = [name for name in ("parameters", "components") if name in own]
-        row["parameters"] = own[known[0]].mean() if known else float("nan")
-        rows.append(row)
+    for place, own in final(table).groupby(["model", "label", "method"], sort=False):
+        right, n = own[["test_right", "test_n"]].astype(int).sum() / own["draw"].nunique()
+        low, high = wilson_interval(round(right), round(n))
+        means = own[["seconds", "parameters"]].astype(float).mean()
+        row = dict(zip(["model", "label", "method"], place, strict=True))
+        row |= {"accuracy": right / n, "low": low, "high": high, "n": round(n)}
+        rows.append({**row, "seeds": own["seed"].nunique(), **means})
     return pd.DataFrame(rows)
 
 
-needed = {"model", "label", "seed", "method", "test_right", "test_n", "seconds"}
+needed = {"model", "label", "seed", "method", "seconds"}
 summaries = {name: per_method(t) for name, t in stored.items() if needed <= set(t)}
 list(summaries)
 
 # %% [markdown]
 # ## Searches on a real model
 #
-# SmolLM2-135M-Instruct adds two-digit numbers. `parameters` counts the singular values that a
-# method froze or attenuated.
+# SmolLM2-135M-Instruct adds two-digit numbers. What a search sets are the strengths of singular
+# values that it froze or attenuated.
 
 # %%
 searches = summaries["searches"]
