@@ -39,7 +39,7 @@ el.weight_matrices(model)
 # Check that the bridge is the model you know, before anything else:
 
 # %%
-print(model.generate("7 + 8 =", max_new_tokens=1, temperature=0, verbose=False))
+print(model.generate("7 + 8 =", max_new_tokens=1, do_sample=False, verbose=False))
 
 # %% [markdown]
 # ## A task
