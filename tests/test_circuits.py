@@ -371,6 +371,33 @@ def test_cutting_the_suppressed_paths_lowers_the_loss_for_real(arith):
     np.testing.assert_allclose(weak["measured"], weak["predicted"], rtol=2e-3)
 
 
+def test_the_circuit_shows_the_path_of_the_suppressed_reading(arith):
+    """Read as a product, the frozen components write the sum; cutting their paths swaps the two."""
+    model, task, scores, frozen, found = arith
+    sums = el.load_task("ambiguous", model.tokenizer, reading="sum").train
+    assert list(sums["prompt"]) == list(task.train["prompt"])
+    rival = traced(model, scores, sums, frozen=frozen, components=found.nodes)
+    wrote = rival.nodes.set_index("node")["answer_logprob"]
+    against = found.against_answer()["node"]
+    assert (wrote[against] > 0).mean() >= 0.9
+
+    pruned = found.edges[found.edges["pruned"] & (found.edges["effect"] < 0)]
+    paths = nx.from_pandas_edgelist(pruned, "writer", "reader", create_using=nx.DiGraph)
+    assert nx.has_path(paths, "embed", "logits")
+
+    own = pruned[pruned["writer"] != "embed"]
+    harmful = own.sort_values("effect").head(12)[["writer", "reader"]]
+    changes = {}
+    for name, data, circuit in (("product", task.train, found), ("sum", sums, rival)):
+        edges = harmful.merge(circuit.edges, on=["writer", "reader"])
+        cut = el.cut_paths(model, scores, data, circuit, edges=edges, nodes=0, batch_size=240)
+        assert list(cut["writer"]) == list(harmful["writer"])
+        changes[name] = cut
+    assert (changes["product"]["measured"] < 0).all()
+    assert (changes["sum"]["measured"] > 0).all()
+    assert (changes["sum"]["predicted"] > 0).all()
+
+
 def test_upstream_writers_are_the_strongest_of_all(tiny):
     model = tiny("gpt2")
     scores = scored(model)

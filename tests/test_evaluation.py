@@ -126,6 +126,10 @@ def test_comparison_by_hand():
     assert found.p_value == pytest.approx(2 * (1 + 4) / 16)  # two-sided binomial, 3 of 4
     low, high = found.loss_interval
     assert low < -0.9 < high
+    shown = found._repr_html_()
+    assert "3 became right, 1 wrong" in shown
+    assert "+40.0%" in shown
+    assert "-0.900 nats" in shown
     same = el.compare(before, before)
     assert (same.p_value, same.accuracy_change, same.loss_interval) == (1.0, 0.0, (0.0, 0.0))
     with pytest.raises(ValueError, match="same examples"):

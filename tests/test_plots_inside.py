@@ -1,11 +1,15 @@
 """Pictures of what freezing does inside the model show the numbers of their results."""
 
+import sys
+
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
 import eigenlens as el
 from eigenlens.marchenko_pastur import bulk_edge, median_of_law
+from eigenlens.plots.attention import attention_array
 from eigenlens.plots.style import BLUE, VERMILION
 
 
@@ -26,6 +30,7 @@ def drawn(results):
     spectra, scores, frozen, circuit, change = results
     return {
         "spectrum": el.plots.spectrum(scores, frozen),
+        "spectrum by head": el.plots.spectrum(scores, frozen, against="sigma", matrix="W_V"),
         "circuit": el.plots.circuit(circuit),
         "pruned map": el.plots.pruned_map(frozen, scores),
         "pruned map alone": el.plots.pruned_map(frozen),
@@ -141,6 +146,76 @@ def test_activation_panels_hold_the_tables(results):
     after = [t for t in figure.data if t.name == "after"]
     np.testing.assert_array_equal(after[1].y, change.lens["logprob_after"])
     np.testing.assert_array_equal(after[2].y, change.lens["top_after"])
+
+
+def test_the_score_spectrum_shows_scores_against_sigma_head_by_head(results):
+    _, scores, frozen, _, _ = results
+    figure = el.plots.spectrum(scores, frozen, against="sigma", matrix="W_V")
+    titles = [annotation.text for annotation in figure.layout.annotations]
+    assert titles == [f"layer {la}, W<sub>V</sub>, head {h}" for la in (0, 1) for h in range(4)]
+    table = scores.to_pandas().query("matrix == 'W_V' and layer == 1 and head == 2")
+    own = [t for t in figure.data if (t.xaxis or "x") == "x7"]
+    x = np.concatenate([np.array(t.x, dtype=float) for t in own])
+    np.testing.assert_allclose(np.sort(x[~np.isnan(x)]), np.sort(table["sigma"]))
+    assert figure.layout.xaxis7.type == "log"
+    kept = next(t for t in own if t.name == "kept")
+    low, middle = np.sinh(np.array([kept.y - kept.error_y.arrayminus, kept.y]) * np.log(10)) * 2e-6
+    rows = table.set_index("sigma").loc[np.array(kept.x)]
+    np.testing.assert_allclose(middle - low, rows["stderr"], rtol=1e-6)
+    marked = [t for t in el.plots.spectrum(scores, frozen).data if t.name == "frozen"]
+    assert sum(x is not None for t in marked for x in t.x) == len(frozen)
+    with pytest.raises(ValueError, match="No scores of layer 5; there are 0, 1"):
+        el.plots.spectrum(scores, layer=5)
+    with pytest.raises(ValueError, match="Unknown against='rank'"):
+        el.plots.spectrum(scores, against="rank")
+
+
+def test_cut_paths_show_both_numbers_of_every_cut(results):
+    columns = ["cut", "writer", "reader", "strength", "predicted", "measured"]
+    rows = [("edge", "a", "b", 1.0, -0.5, -0.2), ("node", "c", "all", 1.0, 0.1, 0.3)]
+    figure = el.plots.path_cuts(pd.DataFrame(rows, columns=columns))
+    predicted, measured = (t for t in figure.data if t.mode == "markers")
+    assert dict(zip(predicted.y, predicted.x, strict=True)) == {"a → b": -0.5, "c, all paths": 0.1}
+    assert dict(zip(measured.y, measured.x, strict=True)) == {"a → b": -0.2, "c, all paths": 0.3}
+    with pytest.raises(ValueError, match="0 cuts"):
+        el.plots.path_cuts(pd.DataFrame(columns=columns))
+
+
+def test_a_circuit_can_be_drawn_from_chosen_edges(results):
+    circuit = results[3]
+    pruned = circuit.edges[circuit.edges["pruned"]].head(7)
+    figure = el.plots.circuit(circuit, edges=pruned)
+    nodes = {
+        text.split(",")[0] for t in figure.data if t.mode == "markers+text" for text in t.hovertext
+    }
+    assert nodes == {*pruned["writer"], *pruned["reader"]}
+
+
+def test_circuitsvis_gets_the_patterns_of_a_layer(results, monkeypatch):
+    change = results[4]
+    values = attention_array(change, 1, "difference")
+    own = change.patterns.query("layer == 1 and head == 3").sort_values(["query", "key"])
+    size = values.shape[1]
+    expected = np.nan_to_num((own["after"] - own["before"]).to_numpy()).reshape(size, size)
+    np.testing.assert_allclose(values[3], expected)
+    monkeypatch.setitem(sys.modules, "circuitsvis.attention", None)
+    with pytest.raises(ImportError, match=r"pip install 'eigenlens\[notebooks\]'"):
+        el.plots.attention_heads(change, 1)
+
+
+def test_circuitsvis_draws_a_page(results):
+    pytest.importorskip("circuitsvis")
+    change = results[4]
+    view = el.plots.attention_heads(change, 0, "before", tokens=["a", "?", "b", "="])
+    page = view.show_code()
+    assert "AttentionHeads" in page
+    assert '"?"' in page
+    with pytest.raises(ValueError, match="Unknown state 'later'"):
+        el.plots.attention_heads(change, 0, "later")
+    with pytest.raises(ValueError, match="no layer 5"):
+        el.plots.attention_heads(change, 5)
+    with pytest.raises(ValueError, match="2 tokens for 4 positions"):
+        el.plots.attention_heads(change, 0, tokens=["a", "b"])
 
 
 def test_attention_shows_the_head_that_changed_most(results):

@@ -11,6 +11,7 @@ from eigenlens.experiments import (
     paper_table,
     planted,
     searches,
+    suppressed,
     transfer,
 )
 from eigenlens.experiments.result import ExperimentResult
@@ -28,6 +29,7 @@ EXPERIMENTS: dict[str, Study] = {
     "transfer": transfer,
     "architectures": architectures,
     "monitors": monitors,
+    "suppressed": suppressed,
 }
 
 __all__ = ["EXPERIMENTS", "ExperimentResult", "Study"]

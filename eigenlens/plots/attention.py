@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eigenlens.activations import ActivationChange
-from eigenlens.plots.style import FULL_WIDTH, LESS_MORE, TEMPLATE, heading
+from eigenlens.plots.style import BLUE, FULL_WIDTH, LESS_MORE, TEMPLATE, VERMILION, heading
 
 _STATES = ("before", "after", "difference")
 
@@ -119,12 +119,12 @@ def attention_heads(
     Args:
         change: what :func:`eigenlens.activation_change` returned.
         layer: which layer.
-        state: ``before``, ``after`` or ``difference`` (after − before: blue is more attention, red
-            is less).
+        state: ``before``, ``after`` or ``difference`` (after − before: blue is more attention,
+            vermilion less).
         tokens: names of the positions, where all prompts share a form; by default the positions.
 
     Returns:
-        What a notebook shows as a page; its script is fetched from the network.
+        What a notebook shows; CircuitsVis looks for the network then, to fetch its script.
 
     Raises:
         ImportError: CircuitsVis is not installed.
@@ -150,8 +150,8 @@ def attention_heads(
         names,
         max_value=1.0,
         min_value=low,
-        negative_color="red",
-        positive_color="blue",
+        negative_color=VERMILION,
+        positive_color=BLUE,
     )
 
 

@@ -37,7 +37,7 @@ def spectrum(
     scores: Scores,
     frozen: FrozenSet | None = None,
     *,
-    against: Against = "index",
+    against: Against | str = "index",
     matrix: str | None = None,
     layer: int | None = None,
 ) -> go.Figure:
@@ -91,7 +91,7 @@ def spectrum(
     if columns == 2:
         figure.update_yaxes(title_text="ΔL (nats)")
     if against == "sigma":
-        figure.update_xaxes(dtick="D2" if columns <= 2 else "D1")
+        figure.update_xaxes(dtick="D2")
     figure.update_layout(
         template=TEMPLATE,
         title=heading(
@@ -153,7 +153,7 @@ def _thinned(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _points(
-    rows: pd.DataFrame, against: Against, frozen: bool, colour: str, *, first: bool
+    rows: pd.DataFrame, against: str, frozen: bool, colour: str, *, first: bool
 ) -> go.Scattergl:
     errors = None
     if rows["stderr"].notna().any() and len(rows) <= _MOST_BARS:

@@ -1,0 +1,78 @@
+"""The notebooks run, their pairs are in step, and what is stored shows without a network."""
+
+import shutil
+
+import jupytext
+import nbformat
+import pytest
+from notebook_runner import FOLDER, LIVE, executed, scripts
+
+NAMES = [script.stem for script in scripts()]
+FIGURE, PICTURE = "application/vnd.plotly.v1+json", "image/png"
+MOST_BYTES = 8_000_000
+
+
+def stored(name):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def code(notebook):
+    """Cells that run without a network."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in cells if LIVE not in cell.metadata.get("tags", [])]
+
+
+def kinds(notebook):
+    """Per cell, what its outputs are made of; pictures left out, which take a browser."""
+    return [
+        [
+            sorted(set(o.get("data", {o.get("name", o.output_type): ""})) - {PICTURE})
+            for o in c.outputs
+        ]
+        for c in code(notebook)
+    ]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder like the repository's, which the notebooks may write to."""
+    root = tmp_path_factory.mktemp("repository")
+    shutil.copytree(FOLDER.parent / "figures", root / "figures")
+    (root / "notebooks").mkdir()
+    return root / "notebooks"
+
+
+def test_all_six_are_there():
+    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pairs_are_in_step(name):
+    script, notebook = jupytext.read(FOLDER / f"{name}.py"), stored(name)
+    one, two = (
+        [(c.cell_type, c.source, c.metadata.get("tags", [])) for c in n.cells]
+        for n in (script, notebook)
+    )
+    assert one == two, f"run: make notebooks (or python tests/notebook_runner.py {name})"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_outputs_are_whole(name):
+    for number, cell in enumerate(code(stored(name)), start=1):
+        assert cell.execution_count == number
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", output.text
+            data = output.get("data", {})
+            assert (FIGURE in data) == (PICTURE in data)
+            assert "<script" not in str(data.get("text/html", ""))
+
+
+def test_stored_outputs_are_small():
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.ipynb")) < MOST_BYTES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebooks_run_and_show_what_is_stored(name, workplace):
+    again = executed(FOLDER / f"{name}.py", workplace, "plotly_mimetype")
+    assert kinds(again) == kinds(stored(name))
