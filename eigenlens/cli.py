@@ -198,6 +198,7 @@ def experiment(
     """Run a study: writes a table, a page and a figure."""
     with _clear_errors():
         from eigenlens.experiments import EXPERIMENTS
+        from eigenlens.experiments.figures import write_index
 
         if name not in EXPERIMENTS:
             raise ValueError(f"Unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
@@ -212,6 +213,7 @@ def experiment(
             options["config"] = config
         result = study(**options)
         result.save(out)
+        write_index(out)
         console.print(result.summary.to_markdown(index=False))
         console.print(f"Written to {out}/{name}.*")
 

@@ -81,6 +81,8 @@ of the same name, and the figure is drawn from it alone. `eigenlens figures` dra
 and PDF (a page of 7 in or a column of 3.3 in wide), PNG, and HTML beside one `plotly.min.js`, which
 opens without a network. PNG and HTML are not kept in version control.
 
+A study that was interrupted goes on from its finished parts in `runs/experiments`.
+
 SVG, PDF and PNG take `pip install 'eigenlens[figures]'` and a Chromium (`apt-get install chromium`,
 or `plotly_get_chrome`).
 """
