@@ -5,7 +5,12 @@ import pandas as pd
 import pytest
 
 import eigenlens as el
+from eigenlens.evaluation import Evaluation
 from eigenlens.plots.style import signed_log
+from eigenlens.provenance import Provenance
+
+
+PROVENANCE = Provenance(model="none", model_fingerprint="", versions={})
 
 
 def axes_have_titles(figure):
@@ -49,4 +54,22 @@ def test_faithfulness_names_the_areas():
     curve = pd.DataFrame({"kept": [0.0, 1.0], "faithfulness": [0.0, 1.0]})
     figure = el.plots.faithfulness({"margin": curve})
     assert figure.data[0].name == "margin (CPR 0.50, CMD 0.50)"
+    assert axes_have_titles(figure)
+
+
+def test_example_losses_tells_gained_from_lost():
+    def evaluation(losses, correct):
+        table = pd.DataFrame({"prompt": list("abcd"), "loss": losses, "correct": correct})
+        return Evaluation(table, PROVENANCE)
+
+    before = evaluation([1.0, 0.5, 2.0, 1e-9], [False, True, False, True])
+    after = evaluation([0.2, 3.0, 2.5, 0.1], [True, False, False, True])
+    figure = el.plots.example_losses(before, after)
+    marks = {trace.name: (list(trace.x), list(trace.y)) for trace in figure.data[1:]}
+    assert marks == {
+        "gained (1)": ([1.0], [0.2]),
+        "lost (1)": ([0.5], [3.0]),
+        "wrong both times (1)": ([2.0], [2.5]),
+        "right both times (1)": ([1e-4], [0.1]),  # drawn at the floor
+    }
     assert axes_have_titles(figure)

@@ -4,6 +4,7 @@ from eigenlens.plots.activations import activation_change
 from eigenlens.plots.attention import attention_change, attention_heads
 from eigenlens.plots.circuit import circuit
 from eigenlens.plots.cuts import path_cuts
+from eigenlens.plots.examples import example_losses
 from eigenlens.plots.faithfulness import exact_against_estimate, faithfulness
 from eigenlens.plots.methods import methods
 from eigenlens.plots.pruned_map import pruned_map
@@ -18,6 +19,7 @@ __all__ = [
     "attention_heads",
     "circuit",
     "exact_against_estimate",
+    "example_losses",
     "faithfulness",
     "methods",
     "path_cuts",

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import plotly.graph_objects as go
-import plotly.io as pio
 
 from eigenlens.plots.style import FULL_WIDTH
 
@@ -85,13 +84,19 @@ def export(
 
 
 def _draw(figures: Mapping[str, go.Figure], wanted: list[tuple[str, str]], folder: Path) -> None:
-    pio.write_images(
-        [figures[name] for name, _ in wanted],
-        [folder / f"{name}.{form}" for name, form in wanted],
-        format=[form for _, form in wanted],
-        scale=[_SCALES[form] for _, form in wanted],
-        width=[figures[name].layout.width for name, _ in wanted],
-        height=[figures[name].layout.height for name, _ in wanted],
+    import kaleido
+
+    kaleido.write_fig_from_object_sync(
+        [
+            {
+                "fig": figures[name],
+                "path": folder / f"{name}.{form}",
+                "opts": {"format": form, "scale": _SCALES[form]},
+            }
+            for name, form in wanted
+        ],
+        cancel_on_error=True,
+        kopts={"mathjax": False},  # kaleido would ask a server for it
     )
     for name, form in wanted:
         if form in _STABLE:

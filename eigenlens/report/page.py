@@ -14,7 +14,7 @@ from eigenlens import plots
 from eigenlens.evaluation import Evaluation
 from eigenlens.files import write_text
 from eigenlens.pipeline import EigenpruneResult, load_run
-from eigenlens.plots.examples import OUTCOMES, example_losses
+from eigenlens.plots.examples import OUTCOMES
 from eigenlens.report.drawing import fragment
 from eigenlens.report.inside import Inside, look_inside
 from eigenlens.report.tables import Table, make_table
@@ -105,7 +105,7 @@ def _figures(result: EigenpruneResult, found: Inside | None) -> dict[str, str]:
     drawn = {
         "spectrum": plots.spectrum(scores, frozen),
         "trace": plots.search_trace(result.search),
-        "losses": example_losses(result.before, result.after),
+        "losses": plots.example_losses(result.before, result.after),
     }
     if len(frozen):
         drawn["map"] = plots.pruned_map(frozen, scores)
