@@ -9,7 +9,6 @@ from eigenlens.evaluation import Evaluation
 from eigenlens.plots.style import signed_log
 from eigenlens.provenance import Provenance
 
-
 PROVENANCE = Provenance(model="none", model_fingerprint="", versions={})
 
 

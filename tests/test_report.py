@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "run"
     result = pipeline.run(CONFIG, folder, progress=False)
     assert len(result.frozen) > 0
-    write_report(folder)
+    write_report(folder, progress=False)
     return folder, result
 
 
@@ -197,7 +197,7 @@ def test_another_model_is_not_taken_for_that_of_the_run(copy, tiny_folder):
     config = copy / "config.yaml"
     other = str(tiny_folder("llama"))
     config.write_text(config.read_text().replace("model: arith-tiny", f"model: {other}"))
-    write_report(copy)
+    write_report(copy, progress=False)
     assert "other weights" in page_text(copy)
     assert 'id="figure-circuit"' not in page_text(copy)
 
@@ -235,8 +235,20 @@ def test_a_run_that_froze_nothing_has_a_report(copy, finished):
     nothing = FrozenSet.from_scores(result.scores, np.array([], dtype=int))
     nothing.save(copy / "frozen.safetensors")
     shutil.copy(copy / "before.parquet", copy / "after.parquet")
-    write_report(copy)
+    write_report(copy, progress=False)
     text = page_text(copy)
     assert "There are no pruned paths" in text
     assert "No answer changed" in text
     assert 'id="figure-map"' not in text
+
+
+def test_tasks_with_candidates_show_both_accuracies(copy):
+    n = 40
+    for name, right in (("before", 10), ("after", 30)):
+        e = Evaluation.load(copy / f"{name}.parquet")
+        chosen = {"choice": e.examples["answer"], "choice_correct": np.arange(n) < right}
+        replace(e, examples=e.examples.assign(**chosen)).save(copy / f"{name}.parquet")
+    write_report(copy, inside=False)
+    text = page_text(copy)
+    assert 'Choice accuracy before</dt><dd class="large">25.0%' in text
+    assert 'Choice accuracy after</dt><dd class="large">75.0%' in text

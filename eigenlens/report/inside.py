@@ -15,8 +15,11 @@ from eigenlens.scoring import Scores
 from eigenlens.scoring.scores import COMPONENT
 from eigenlens.tasks import load_task
 
-MOST_FROZEN = 60  # nodes of the circuit: each is a backward pass
-MOST_EXAMPLES = 100
+# A node of the circuit is a short backward pass for each batch, and brings two more nodes that
+# write to it: minutes on a small language model.
+MOST_FROZEN = 40
+MOST_TRACED = 50  # training examples
+MOST_COMPARED = 100  # test examples
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Inside:
     shown: int
 
 
-def look_inside(result: EigenpruneResult) -> Inside:
+def look_inside(result: EigenpruneResult, *, progress: bool = True) -> Inside:
     """Load model and task as the run did, and look at what its edit does inside.
 
     Raises:
@@ -45,10 +48,9 @@ def look_inside(result: EigenpruneResult) -> Inside:
     model = load_model(config.model, dtype=config.dtype, device=config.device)
     frozen.check_model(model)
     task = load_task(config.task, model.tokenizer, **{"seed": config.seed} | config.task_args)
-    test, train = (
-        data.select(range(min(MOST_EXAMPLES, len(data)))) for data in (task.test, task.train)
-    )
-    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": False}
+    test = task.test.select(range(min(MOST_COMPARED, len(task.test))))
+    train = task.train.select(range(min(MOST_TRACED, len(task.train))))
+    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
     changed = activation_change(model, frozen, test, **options)
     if not len(frozen):
         return Inside(changed, None, 0)

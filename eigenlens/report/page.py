@@ -28,6 +28,7 @@ def write_report(
     out: str | os.PathLike[str] | None = None,
     *,
     inside: bool = True,
+    progress: bool = True,
 ) -> Path:
     """Write the page of a finished run.
 
@@ -36,6 +37,7 @@ def write_report(
         out: the file to write (default: ``report.html`` in the folder).
         inside: load the model again to draw activations and the circuit of pruned paths. Where
             that is not possible, the page says why and has everything else.
+        progress: show progress bars.
 
     Returns:
         The file.
@@ -45,18 +47,18 @@ def write_report(
         FileFormatError: a file of it is truncated or foreign.
     """
     result, metrics = load_run(run)
-    found, reason = _inside(result, wanted=inside)
+    found, reason = _inside(result, inside, progress)
     path = Path(out) if out is not None else Path(run) / "report.html"
     write_text(path, _render(result, metrics, found, reason))
     return path
 
 
-def _inside(result: EigenpruneResult, *, wanted: bool) -> tuple[Inside | None, str]:
+def _inside(result: EigenpruneResult, wanted: bool, progress: bool) -> tuple[Inside | None, str]:
     """What the model shows, or why it does not."""
     if not wanted:
         return None, "the report was written with --no-circuit."
     try:
-        return look_inside(result), ""
+        return look_inside(result, progress=progress), ""
     except (ValueError, OSError) as error:
         return None, f"the model of this run could not be used: {error}"
 
