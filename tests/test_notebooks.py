@@ -5,10 +5,9 @@ import shutil
 import jupytext
 import nbformat
 import pytest
-from notebook_runner import FOLDER, LIVE, executed, scripts
+from notebook_runner import FIGURE, FOLDER, LIVE, PICTURE, executed, kernel, scripts
 
 NAMES = [script.stem for script in scripts()]
-FIGURE, PICTURE = "application/vnd.plotly.v1+json", "image/png"
 MOST_BYTES = 8_000_000
 
 
@@ -34,12 +33,13 @@ def kinds(notebook):
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder like the repository's, which the notebooks may write to."""
+def manager(tmp_path_factory):
+    """A kernel in a folder like the repository's, which the notebooks may write to."""
     root = tmp_path_factory.mktemp("repository")
     shutil.copytree(FOLDER.parent / "figures", root / "figures")
     (root / "notebooks").mkdir()
-    return root / "notebooks"
+    with kernel(root / "notebooks") as manager:
+        yield manager
 
 
 def test_all_six_are_there():
@@ -73,6 +73,6 @@ def test_stored_outputs_are_small():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_notebooks_run_and_show_what_is_stored(name, workplace):
-    again = executed(FOLDER / f"{name}.py", workplace, "plotly_mimetype")
+def test_notebooks_run_and_show_what_is_stored(name, manager):
+    again = executed(FOLDER / f"{name}.py", manager)
     assert kinds(again) == kinds(stored(name))
