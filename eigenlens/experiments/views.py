@@ -176,8 +176,12 @@ def dots(
     figure.update_xaxes(range=[-0.03, 1.03], tickformat=".0%", tickvals=[0, 0.5, 1])
     figure.update_xaxes(title_text="test accuracy")
     figure.update_yaxes(
-        tickvals=list(range(len(rows))), ticktext=list(rows), range=[len(rows) - 0.4, -0.6]
+        tickvals=list(range(len(rows))),
+        ticktext=list(rows),
+        range=[len(rows) - 0.4, -0.6],
+        zeroline=False,
     )
+    figure.update_yaxes(title_text=row, col=1)
     _one_legend_entry_each(figure)
     figure.update_layout(
         template=TEMPLATE,
