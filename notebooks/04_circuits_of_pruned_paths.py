@@ -23,6 +23,7 @@
 # freezing suppresses.
 
 # %%
+import networkx as nx
 import pandas as pd
 
 import eigenlens as el
@@ -48,11 +49,11 @@ el.readout(model, spectra, **place, top=5)
 # %% [markdown]
 # ## The graph
 #
-# Nodes are the 15 frozen components, the two strongest writers to each, and the 20 strongest kept
-# ones.
+# Nodes are the 15 frozen components, the two strongest writers to each, the two strongest to these,
+# and the 20 strongest kept ones.
 
 # %%
-circuit = el.circuit(model, scores, task.train, frozen)
+circuit = el.circuit(model, scores, task.train, frozen, depth=2)
 circuit
 
 # %% [markdown]
@@ -79,13 +80,21 @@ both = circuit.nodes[["node", "strength", "answer_logprob"]].merge(
 both[both["strength"] > 0].sort_values("answer_logprob_product").round(3)
 
 # %% [markdown]
-# The picture: the strongest paths out of and into frozen components (dark). Layers go from bottom
-# to top; vermilion paths lower the product's loss when they are cut.
+# All 15 wrote against the product, and as much for the sum.
+#
+# The picture: harmful edges on a way from the embedding to the logits. Layers go from bottom to top;
+# frozen components are dark; `1.10` is head 1, index 10, and MLP matrices have no heads. Attention
+# heads of layer 0 carry what was read at the second number to `=`, the first matrix of layer 1's MLP
+# reads it there, and its second writes the sum.
 
 # %%
-pruned = circuit.edges[circuit.edges["pruned"]]
-shown = pruned.loc[pruned["effect"].abs().sort_values(ascending=False).index].head(40)
-el.plots.circuit(circuit, edges=shown)
+harmful = circuit.edges[circuit.edges["effect"] < 0]
+graph = nx.from_pandas_edgelist(harmful, "writer", "reader", create_using=nx.DiGraph)
+on_the_way = (nx.descendants(graph, "embed") | {"embed"}) & (
+    nx.ancestors(graph, "logits") | {"logits"}
+)
+ways = harmful[harmful["writer"].isin(on_the_way) & harmful["reader"].isin(on_the_way)]
+el.plots.circuit(circuit, edges=ways.sort_values("effect").head(45))
 
 # %% [markdown]
 # ## Is it true?
