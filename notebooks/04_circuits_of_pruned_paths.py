@@ -82,10 +82,10 @@ both[both["strength"] > 0].sort_values("answer_logprob_product").round(3)
 # %% [markdown]
 # All 15 wrote against the product, and as much for the sum.
 #
-# The picture: harmful edges on a way from the embedding to the logits. Layers go from bottom to top;
-# frozen components are dark; `1.10` is head 1, index 10, and MLP matrices have no heads. Attention
-# heads of layer 0 carry what was read at the second number to `=`, the first matrix of layer 1's MLP
-# reads it there, and its second writes the sum.
+# The picture: harmful edges on a way from the embedding to the logits. Layers go from bottom to
+# top; frozen components are dark; `1.10` is head 1, index 10, and MLP matrices have no heads.
+# Attention heads of layer 0 carry what stands at the numbers (mostly the second, position −2) to
+# `=`; the first matrix of layer 1's MLP reads it there, and its second writes the sum.
 
 # %%
 harmful = circuit.edges[circuit.edges["effect"] < 0]
@@ -101,11 +101,12 @@ el.plots.circuit(circuit, edges=ways.sort_values("effect").head(45))
 #
 # A graph of derivatives is a claim. `el.cut_paths` cuts for real: one pass with every output held
 # gives what the reader would see without the writer, a second runs the model with only the
-# reader's output changed. We cut the twelve harmful paths that the graph calls strongest, and
-# freeze the six strongest nodes.
+# reader's output changed. We cut the twelve edges of frozen components that the graph calls most
+# harmful, and freeze the six strongest nodes.
 
 # %%
-harmful = pruned[pruned["writer"] != "embed"].sort_values("effect").head(12)
+pruned = circuit.edges[circuit.edges["pruned"]]
+harmful = pruned.sort_values("effect").head(12)
 cut = el.cut_paths(model, scores, task.train, circuit, edges=harmful, nodes=6)
 el.plots.path_cuts(cut)
 
@@ -126,8 +127,8 @@ pd.DataFrame(
 ).round(3)
 
 # %% [markdown]
-# A real cut gains less than its derivative says, because a loss cannot fall below zero; cut at a
-# hundredth of the strength, both agree:
+# A real cut lowers the one loss by less than the derivative says and raises the other by more: a
+# loss is convex in the log-odds. Cut at a hundredth of the strength, both agree:
 
 # %%
 weak = el.cut_paths(model, scores, task.train, circuit, edges=harmful, nodes=6, strength=0.01)
