@@ -7,19 +7,23 @@
   components are frozen together. Complete: the estimates add up to
   ``L(all frozen) − L(none frozen)``. ``m`` forward and ``m`` backward passes; its error is that of
   a midpoint rule with m nodes. It answers another question than the effect of one component alone.
-- ``refined``: exact effects for the components whose second-order term is largest, since there
-  a derivative misleads, wherever they refute the estimate. One forward pass (from the component's
-  layer on) for each refined component; the error there is that of the choice of examples.
+- ``refined``: exact effects on some examples for the components whose second-order term is
+  largest, since there a derivative misleads, with the estimate as a control variate. One forward
+  pass of these examples (from the component's layer on) for each refined component, and one
+  forward and one backward pass for all together; the error there is that of the choice of examples,
+  as far as the estimate does not explain it.
 
 A Hessian-vector correction of single components is left out: it costs a backward pass through a
 backward pass for each, more than the exact effect, which needs one forward pass.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from einops import rearrange
 from jaxtyping import Float
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -28,13 +32,13 @@ from eigenlens.exact import exact_effects
 from eigenlens.gates import Gates
 from eigenlens.metrics import Metric, answer_loss
 from eigenlens.scoring import Scores
+from eigenlens.scoring.accumulators import margin_effect
 from eigenlens.scoring.estimators import first_order, fisher
 from eigenlens.tasks.batches import make_batches
 
 # What `eigenlens run` does where it freezes by one ranking.
 REFINED = 300
 REFINED_EXAMPLES = 50
-_REFUTED = 2.0  # standard errors
 
 
 def integrated(
@@ -86,16 +90,21 @@ def refined(
     batch_size: int = 50,
     progress: bool = True,
 ) -> Scores:
-    """Exact effects where they refute an estimate, estimates elsewhere.
+    """Exact effects on some examples, corrected by what the estimate says about the others.
 
     Measured are the components whose second-order term ``½ mean_b e_b²`` is largest (or, without
-    effects of single examples, the estimate itself). An estimate gives way to the exact effect on
-    ``data`` if it is more than two standard errors off: a small sample is no better judge.
+    effects of single examples, the estimate itself). A small sample alone is a poor judge of a
+    mean, but the estimates of single examples tell how far the sample is from typical. With exact
+    effects x_b and estimates y_b of the sampled examples and the estimate Y of all of them,
+
+        ``ΔL = mean x_b + β (Y − mean y_b)``,  ``β = cov(x, y) / var(y)`` kept within 0 … 1
+
+    (control variates by regression; Owen, *Monte Carlo theory*, 2013, section 8.9).
 
     Args:
         model: in eval mode, unedited.
         scores: the estimates.
-        data: examples to measure on.
+        data: examples to measure on, of those that ``scores`` are of.
         count: components to measure exactly; all where there are not as many.
         metric: a number per example; the loss in nats by default.
         batch_size: examples per pass.
@@ -111,18 +120,59 @@ def refined(
         raise ValueError(f"count={count} is negative.")
     values = scores.delta_loss.copy()
     rows = np.argsort(-_doubt(scores), kind="stable")[:count]
-    if count:
-        effects = exact_effects(
-            model, scores, rows, data, metric=metric, batch_size=batch_size, progress=progress
-        )
-        refuted = np.abs(effects.mean(1) - values[rows]) > _REFUTED * _standard_error(effects)
-        values[rows[refuted]] = effects.mean(1)[refuted]
+    if len(rows):
+        options: dict[str, Any] = {"metric": metric, "progress": progress}
+        exact = exact_effects(model, scores, rows, data, batch_size=batch_size, **options)
+        effects, loss = single_effects(model, scores, data, **options)
+        estimates, all_ = effects[rows], scores.with_criterion("mean").delta_loss
+        if not np.isnan(scores.components["margin"]).any():
+            estimates, all_ = margins(estimates, loss), scores.with_criterion("margin").delta_loss
+        values[rows] = _regressed(exact, estimates, all_[rows])
     return with_estimate(scores, "refined", values)
 
 
-def _standard_error(effects: Float[np.ndarray, "component example"]) -> np.ndarray:
-    n = effects.shape[1]
-    return effects.std(1, ddof=1) / np.sqrt(n) if n > 1 else np.zeros(len(effects))
+def single_effects(
+    model: TransformerBridge,
+    scores: Scores,
+    data: Dataset,
+    *,
+    metric: Metric = answer_loss,
+    progress: bool = True,
+) -> tuple[Float[np.ndarray, "component example"], Float[np.ndarray, " example"]]:
+    """First-order effect of every component on every example, and the metric of the examples.
+
+    One forward and one backward pass of a single example each; the means are those of ``scores``.
+    """
+    effects = np.empty((len(scores), len(data)))
+    values = np.empty(len(data))
+    with Gates(model, scores) as gates:
+        for batch in tqdm(make_batches(data, model, 1), desc="effects", disable=not progress):
+            value, slope = gates.gradient(batch, metric)
+            values[batch.indices] = value.double().cpu().numpy()
+            effects[:, batch.indices] = slope.double().cpu().numpy()[:, None]
+    return effects, values
+
+
+def margins(
+    effects: Float[np.ndarray, "component example"], loss: Float[np.ndarray, " example"]
+) -> Float[np.ndarray, "component example"]:
+    """Margin estimate of every example (:func:`eigenlens.scoring.accumulators.margin_effect`)."""
+    by_example = rearrange(torch.tensor(effects), "component example -> example component 1")
+    found = margin_effect(by_example, torch.tensor(loss))
+    return rearrange(found, "example component 1 -> component example").numpy()
+
+
+def _regressed(
+    exact: Float[np.ndarray, "component example"],
+    estimates: Float[np.ndarray, "component example"],
+    all_: Float[np.ndarray, " component"],
+) -> Float[np.ndarray, " component"]:
+    """Mean exact effect, with the estimates as control variate whose mean ``all_`` is known."""
+    away = estimates - estimates.mean(1, keepdims=True)
+    spread = (away**2).sum(1)
+    slope = (away * exact).sum(1) / np.where(spread > 0, spread, 1)
+    slope = np.where(spread > 0, slope.clip(0, 1), 1)  # one example: the difference
+    return exact.mean(1) + slope * (all_ - estimates.mean(1))
 
 
 def _doubt(scores: Scores) -> np.ndarray:

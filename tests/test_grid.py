@@ -12,10 +12,11 @@ from tiny_models import EQUAL
 import eigenlens as el
 from eigenlens import baselines as bl
 from eigenlens.baselines.baseline import Baseline
+from eigenlens.experiments import EXPERIMENTS
 from eigenlens.experiments.config import CONFIGS, StudyConfig
 from eigenlens.experiments.grid import cells, run_grid
 from eigenlens.experiments.views import changes, pooled
-from eigenlens.files import FileFormatError
+from eigenlens.files import FileFormatError, load_table, save_table
 from eigenlens.metrics import answer_logits
 from eigenlens.monitors import output_statistics
 from eigenlens.tasks import make_batches
@@ -272,3 +273,46 @@ def test_draws_share_scores_that_do_not_depend_on_them(arith):
     assert not first.equals(second)
     alone = bl.RandomComponents(like=(frozen,)).fit(model, spectra, task, seed=1)
     pd.testing.assert_frame_equal(alone.edit.frozen.components, second)
+
+
+@pytest.mark.parametrize(
+    "name", ["paper-table", "compare", "ablations", "architectures", "transfer", "monitors"]
+)
+def test_a_study_shows_what_was_measured_also_from_its_file(run, tmp_path, name):
+    table, _ = run
+    study = EXPERIMENTS[name]
+    save_table(tmp_path / "study.parquet", "experiment", table, {})
+    stored, _ = load_table(tmp_path / "study.parquet", "experiment")
+    page = study.summary(table).to_markdown()
+    assert study.summary(stored).to_markdown() == page
+    assert study.text(stored) == study.text(table)
+    assert study.figure(stored).to_dict() == study.figure(table).to_dict()
+    rows = table[table["data"] == ("plus" if name in ("transfer", "monitors") else "")]
+    right, n = rows[rows["method"] == "ranked"][["right", "n"]].sum()
+    assert f"{right / n:.1%}" in page
+
+
+def test_transfer_is_the_change_against_the_unedited_model(run):
+    table, _ = run
+    probed = table[(table["data"] == "plus") & (table["draw"] == 0)]
+    kept = table["method"].isin(["before", "zero"])
+    (trace,) = EXPERIMENTS["transfer"].figure(table[kept]).data
+    shares = probed.groupby("method")[["right", "n"]].sum()
+    shares = shares["right"] / shares["n"]
+    assert trace.z[0][0] == pytest.approx(100 * (shares["zero"] - shares["before"]))
+
+
+def test_fraction_orders_shares_by_ranking():
+    def row(method, right):
+        fields = {"model": "m", "label": "t", "seed": 0, "draw": 0, "data": "", "loss": 1.0}
+        return {**fields, "method": method, "right": right, "n": 10, "choice_right": None}
+
+    rows = [row("before", 1), row("max, p = 0.01", 2), row("max, p = 0.4", 5)]
+    table = pd.DataFrame([*rows, row("random, p = 0.4", 3)])
+    page = EXPERIMENTS["fraction"].summary(table).set_index("ranking")
+    assert page.loc["before", "before"].startswith("10.0%")
+    assert page.loc["max", "p = 0.01"].startswith("20.0%")
+    assert page.loc["random", "p = 0.01"] == ""
+    lines = {line.name: line for line in EXPERIMENTS["fraction"].figure(table).data}
+    assert list(lines["max"].x) == [0.01, 0.4]
+    assert list(lines["max"].y) == [0.2, 0.5]

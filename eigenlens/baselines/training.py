@@ -2,7 +2,8 @@
 
 The loss is the mean negative log-likelihood of the answers (:func:`eigenlens.metrics.answer_loss`),
 that of scoring and evaluation. After each epoch the edit as it stands is a candidate like any
-other, so that the epoch is chosen on validation together with the other hyper-parameters.
+other, so that the epoch is chosen on validation together with the other hyper-parameters. Steps run
+with the same faster products as those of the search by gates; all that is measured does not.
 """
 
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines.baseline import Baseline, Search
 from eigenlens.baselines.edits import Edit
+from eigenlens.gates import faster_products
 from eigenlens.matrices import WeightMatrix
 from eigenlens.metrics import answer_logits, answer_loss
 from eigenlens.search import better
@@ -71,7 +73,7 @@ class Trained(Baseline):
         best, waited = None, 0
         for epoch in range(1, self.epochs + 1):
             batches = shuffled_batches(search.task.train, search, generator)
-            with trainable.live(search.model):
+            with trainable.live(search.model), faster_products():
                 loss = train_epoch(search.model, batches, adam)
             edit = trainable.edit()
             found = search.consider(edit, **settings, epoch=epoch, train_loss=loss)

@@ -98,6 +98,8 @@ class StudyConfig(_Strict):
         tasks, methods: by the labels that tables and figures show.
         seeds: of the splits and of the methods.
         probes: data on which each edit is measured besides its own task's test split.
+        share_scores: methods use each other's scores, which saves time where what a method costs
+            is not the question.
     """
 
     models: tuple[str, ...] = Field(min_length=1)
@@ -105,6 +107,7 @@ class StudyConfig(_Strict):
     methods: dict[str, Method] = Field(min_length=1)
     seeds: tuple[int, ...] = (0,)
     probes: dict[str, Data] = Field(default_factory=dict)
+    share_scores: bool = False
 
     @model_validator(mode="after")
     def _check_labels(self) -> "StudyConfig":

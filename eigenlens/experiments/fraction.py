@@ -61,6 +61,9 @@ def figure(table: pd.DataFrame) -> go.Figure:
     )
     for column, label in enumerate(labels, start=1):
         part = found[found["label"] == label]
+        for ranking, line in part[part["ranking"] != "before"].groupby("ranking", sort=False):
+            drawn.add_trace(_line(line, str(ranking), column == 1), row=1, col=column)
+        # after the lines: plotly draws none in an empty panel
         base = part[part["ranking"] == "before"]["accuracy"]
         drawn.add_hline(
             base.iloc[0],
@@ -69,8 +72,6 @@ def figure(table: pd.DataFrame) -> go.Figure:
             row=1,
             col=column,
         )
-        for ranking, line in part[part["ranking"] != "before"].groupby("ranking", sort=False):
-            drawn.add_trace(_line(line, str(ranking), column == 1), row=1, col=column)
     drawn.update_xaxes(
         type="log",
         title_text="share of components frozen",

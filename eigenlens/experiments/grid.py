@@ -110,7 +110,7 @@ def run_grid(config: StudyConfig, parts: Path | None = None) -> pd.DataFrame:
         choice_right`` and what the method cost.
     """
     planned = list(cells(config))
-    bench = _Bench(Parts(parts), parts)
+    bench = _Bench(Parts(parts), parts, config.share_scores)
     rows: list[dict[str, Any]] = []
     bar = tqdm(planned, desc="cells", unit="cell")
     for cell in bar:
@@ -125,12 +125,13 @@ def run_grid(config: StudyConfig, parts: Path | None = None) -> pd.DataFrame:
 class _Bench:
     """Fits cells; keeps one model at a time, and what was derived from it."""
 
-    def __init__(self, parts: Parts, folder: Path | None) -> None:
+    def __init__(self, parts: Parts, folder: Path | None, share_scores: bool) -> None:
         self._parts = parts
+        self._share_scores = share_scores
         self._folder = folder
         self._edits: dict[str, Edit] = {}
         self._loaded: _Loaded | None = None
-        self._drawn: tuple[Any, ...] = ()
+        self._scored: tuple[Any, ...] = ()
         self._scores: dict[str, Scores] = {}
 
     def rows(self, cell: Cell) -> list[dict[str, Any]]:
@@ -157,7 +158,7 @@ class _Bench:
             seed=cell.seed + _SEEDS_PER_DRAW * cell.draw,
             batch_size=cell.setting.batch_size,
             n_positions=cell.setting.n_positions,
-            shared=self._scores_of_draws(cell),
+            shared=self._shared_scores(cell),
         )
         self._keep(cell, found.edit)
         test = measure(loaded.model, task.test, found.edit, batch_size=cell.setting.batch_size)
@@ -178,11 +179,14 @@ class _Bench:
             )
         return [{"task": probe.task, **_measured(test), **statistics.summary(), "perplexity": text}]
 
-    def _scores_of_draws(self, cell: Cell) -> dict[str, Scores]:
-        """One dictionary for all draws of a method: they differ in their seed only."""
-        drawn = (cell.model, cell.label, cell.seed, cell.name)
-        if self._drawn != drawn:
-            self._drawn, self._scores = drawn, {}
+    def _shared_scores(self, cell: Cell) -> dict[str, Scores]:
+        """One dictionary for all draws of a method, which differ in their seed only, or for all
+        methods that score the same components on the same examples."""
+        scored: tuple[Any, ...] = (cell.model, cell.label, cell.seed, cell.method.matrices)
+        if not self._share_scores:
+            scored = (*scored, cell.name)
+        if self._scored != scored:
+            self._scored, self._scores = scored, {}
         return self._scores
 
     def _keep(self, cell: Cell, edit: Edit) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from eigenlens.experiments.grid import grid_result
 from eigenlens.experiments.result import ExperimentResult
@@ -22,7 +23,7 @@ from eigenlens.plots.style import (
 
 QUESTION = "Does an edit break the model: same answer to everything, other tasks lost?"
 MINUTES = 20
-_COLOURS = (GREY, BLUE, VERMILION, ORANGE, GREEN, PINK, SKY)
+_COLOURS = (BLUE, VERMILION, ORANGE, GREEN, PINK, SKY, GREY)
 _SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star")
 
 
@@ -54,6 +55,9 @@ def _means(table: pd.DataFrame) -> pd.DataFrame:
     by = ["model", "label", "method", "data"]
     sums = probed.groupby(by, sort=False)[["right", "n"]].sum()
     means = probed.groupby(by, sort=False)[columns].mean()
+    # Of single answers a perplexity says little.
+    texts = probed.groupby(by, sort=False)["task"].first() == "wikitext"
+    means["perplexity"] = means["perplexity"].where(texts)
     return means.join((sums["right"] / sums["n"]).rename("accuracy")).reset_index()
 
 
@@ -77,39 +81,62 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(table: pd.DataFrame) -> go.Figure:
-    """Entropy against information, an arrow's worth of points per data set."""
+    """Information that outputs carry about inputs, as a share of the unedited model's."""
     found = _means(table)
-    data = list(dict.fromkeys(found["data"]))
-    methods = list(dict.fromkeys(found["method"]))
-    drawn = go.Figure()
-    for number, method in enumerate(methods):
-        part = found[found["method"] == method].drop_duplicates(
-            ["model", "data"] if method == "before" else ["model", "label", "data"]
-        )
-        drawn.add_trace(
-            go.Scatter(
-                x=[data.index(name) for name in part["data"]],
-                y=part["information"],
-                mode="markers",
-                marker={
-                    "color": _COLOURS[number],
-                    "symbol": _SYMBOLS[number],
-                    "size": 9,
-                    "opacity": 0.85,
-                },
-                name=method,
-                text=part["model"] + ", made for " + part["label"],
-            )
-        )
-    drawn.update_xaxes(
-        tickvals=list(range(len(data))), ticktext=data, title_text="measured on", tickangle=-25
+    keys = ["model", "label", "data"]
+    before = found[found["method"] == "before"].set_index(keys)["information"]
+    found["kept"] = found["information"] / before.loc[found[keys].apply(tuple, axis=1)].to_numpy()
+    found["panel"] = found["model"] + "<br>made for " + found["label"]
+    panels, data, methods = (list(dict.fromkeys(found[c])) for c in ("panel", "data", "method"))
+    drawn = make_subplots(
+        rows=1,
+        cols=len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        subplot_titles=panels,
     )
-    drawn.update_yaxes(title_text="information of the first<br>answer token about the input (nats)")
+    for column, panel in enumerate(panels, start=1):
+        for number, name in enumerate(data):
+            part = found[(found["panel"] == panel) & (found["data"] == name)]
+            if len(part):
+                drawn.add_trace(_points(part, name, number, methods), row=1, col=column)
+        drawn.add_vline(1, line={"color": GREY, "dash": "dot"}, row=1, col=column)
+    shown: set[str] = set()
+    for trace in drawn.data:
+        trace.showlegend = trace.name not in shown
+        shown.add(trace.name)
+    drawn.update_xaxes(
+        title_text="information kept<br>(of before)", tickformat=".0%", rangemode="tozero"
+    )
+    drawn.update_yaxes(
+        tickvals=list(range(len(methods))),
+        ticktext=methods,
+        range=[len(methods) - 0.4, -0.6],
+        automargin=True,
+        zeroline=False,
+    )
+    drawn.update_yaxes(title_text="edit", col=1)
     drawn.update_layout(
         template=TEMPLATE,
         width=FULL_WIDTH,
-        height=430,
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
-        margin={"t": 80, "b": 110, "l": 100},
+        height=460,
+        legend={"orientation": "h", "y": -0.3, "x": 0.5, "xanchor": "center", "title": "on"},
+        margin={"t": 70, "b": 130},
     )
     return drawn
+
+
+def _points(part: pd.DataFrame, name: str, number: int, methods: list[str]) -> go.Scatter:
+    return go.Scatter(
+        x=part["kept"],
+        y=[methods.index(method) for method in part["method"]],
+        mode="markers",
+        marker={
+            "color": _COLOURS[number % len(_COLOURS)],
+            "symbol": _SYMBOLS[number % len(_SYMBOLS)],
+            "size": 9,
+            "opacity": 0.85,
+        },
+        name=name,
+        legendgroup=name,
+    )

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from eigenlens.evaluation import wilson_interval
 from eigenlens.experiments.result import share
-from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, ORANGE, TEMPLATE, VERMILION
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, ORANGE, TEMPLATE
 
 _CELL = ["model", "label", "method"]
 INTERVALS = (
@@ -140,16 +140,13 @@ def dots(
         rows=1,
         cols=len(panels),
         shared_yaxes=True,
-        horizontal_spacing=0.025,
+        horizontal_spacing=0.04,
         subplot_titles=[_wrapped(name) for name in panels],
     )
     order = {name: i for i, name in enumerate(rows)}
     for column, name in enumerate(panels, start=1):
         part = found[(found[panel] == name) & found[row].isin(rows)]
         part = part.assign(at=part[row].map(order))
-        base = part[part[row] == "before"]
-        for value in base["accuracy"]:
-            figure.add_vline(value, line={"color": GREY, "dash": "dot"}, row=1, col=column)
         for measure, low, high, colour, symbol, shift in _MEASURES:
             there = part[part[measure].notna()]
             if not len(there):
@@ -173,11 +170,18 @@ def dots(
                 row=1,
                 col=column,
             )
+        base = part[part[row] == "before"]["accuracy"]
+        for value in base:  # after the points: plotly draws no line in an empty panel
+            figure.add_vline(value, line={"color": GREY, "dash": "dot"}, row=1, col=column)
     figure.update_xaxes(range=[-0.03, 1.03], tickformat=".0%", tickvals=[0, 0.5, 1])
-    figure.update_xaxes(title_text="test accuracy", col=(len(panels) + 1) // 2)
+    figure.update_xaxes(title_text="test accuracy")
     figure.update_yaxes(
-        tickvals=list(range(len(rows))), ticktext=list(rows), range=[len(rows) - 0.4, -0.6]
+        tickvals=list(range(len(rows))),
+        ticktext=list(rows),
+        range=[len(rows) - 0.4, -0.6],
+        zeroline=False,
     )
+    figure.update_yaxes(title_text=row, col=1)
     _one_legend_entry_each(figure)
     figure.update_layout(
         template=TEMPLATE,
@@ -198,7 +202,6 @@ _MEASURES = (
     ("choice", "choice_low", "choice_high", ORANGE, "diamond", 0.15),
 )
 _LABELS = {"accuracy": "exact match", "choice": "choice among candidates"}
-HIGHLIGHT = VERMILION
 
 
 def _wrapped(name: str) -> str:
