@@ -23,6 +23,7 @@
 # freezing suppresses.
 
 # %%
+import networkx as nx
 import pandas as pd
 
 import eigenlens as el
@@ -48,11 +49,11 @@ el.readout(model, spectra, **place, top=5)
 # %% [markdown]
 # ## The graph
 #
-# Nodes are the 15 frozen components, the two strongest writers to each, and the 20 strongest kept
-# ones.
+# Nodes are the 15 frozen components, the two strongest writers to each, the two strongest to these,
+# and the 20 strongest kept ones.
 
 # %%
-circuit = el.circuit(model, scores, task.train, frozen)
+circuit = el.circuit(model, scores, task.train, frozen, depth=2)
 circuit
 
 # %% [markdown]
@@ -79,24 +80,33 @@ both = circuit.nodes[["node", "strength", "answer_logprob"]].merge(
 both[both["strength"] > 0].sort_values("answer_logprob_product").round(3)
 
 # %% [markdown]
-# The picture: the strongest paths out of and into frozen components (dark). Layers go from bottom
-# to top; vermilion paths lower the product's loss when they are cut.
+# All 15 wrote against the product, and as much for the sum.
+#
+# The picture: harmful edges on a way from the embedding to the logits. Layers go from bottom to
+# top; frozen components are dark; `1.10` is head 1, index 10, and MLP matrices have no heads.
+# Attention heads of layer 0 carry what stands at the numbers (mostly the second, position −2) to
+# `=`; the first matrix of layer 1's MLP reads it there, and its second writes the sum.
 
 # %%
-pruned = circuit.edges[circuit.edges["pruned"]]
-shown = pruned.loc[pruned["effect"].abs().sort_values(ascending=False).index].head(40)
-el.plots.circuit(circuit, edges=shown)
+harmful = circuit.edges[circuit.edges["effect"] < 0]
+graph = nx.from_pandas_edgelist(harmful, "writer", "reader", create_using=nx.DiGraph)
+on_the_way = (nx.descendants(graph, "embed") | {"embed"}) & (
+    nx.ancestors(graph, "logits") | {"logits"}
+)
+ways = harmful[harmful["writer"].isin(on_the_way) & harmful["reader"].isin(on_the_way)]
+el.plots.circuit(circuit, edges=ways.sort_values("effect").head(45))
 
 # %% [markdown]
 # ## Is it true?
 #
 # A graph of derivatives is a claim. `el.cut_paths` cuts for real: one pass with every output held
 # gives what the reader would see without the writer, a second runs the model with only the
-# reader's output changed. We cut the twelve harmful paths that the graph calls strongest, and
-# freeze the six strongest nodes.
+# reader's output changed. We cut the twelve edges of frozen components that the graph calls most
+# harmful, and freeze the six strongest nodes.
 
 # %%
-harmful = pruned[pruned["writer"] != "embed"].sort_values("effect").head(12)
+pruned = circuit.edges[circuit.edges["pruned"]]
+harmful = pruned.sort_values("effect").head(12)
 cut = el.cut_paths(model, scores, task.train, circuit, edges=harmful, nodes=6)
 el.plots.path_cuts(cut)
 
@@ -117,8 +127,8 @@ pd.DataFrame(
 ).round(3)
 
 # %% [markdown]
-# A real cut gains less than its derivative says, because a loss cannot fall below zero; cut at a
-# hundredth of the strength, both agree:
+# A real cut lowers the one loss by less than the derivative says and raises the other by more: a
+# loss is convex in the log-odds. Cut at a hundredth of the strength, both agree:
 
 # %%
 weak = el.cut_paths(model, scores, task.train, circuit, edges=harmful, nodes=6, strength=0.01)

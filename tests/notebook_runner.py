@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 import jupytext
 import nbformat
 import plotly.io as pio
-from jupyter_client.manager import KernelManager
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
@@ -37,17 +38,18 @@ def scripts() -> list[Path]:
 
 
 @contextmanager
-def kernel(folder: Path) -> Iterator[KernelManager]:
+def kernel(folder: Path) -> Iterator[AsyncKernelManager]:
     """A kernel that runs in ``folder`` and shows plotly's figures as data."""
-    manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(cwd=str(folder), env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"})
+    manager = AsyncKernelManager(kernel_name="python3")
+    environment = {**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"}
+    run_sync(manager.start_kernel)(cwd=str(folder), env=environment)
     try:
         yield manager
     finally:
-        manager.shutdown_kernel(now=True)
+        run_sync(manager.shutdown_kernel)(now=True)
 
 
-def executed(script: Path, manager: KernelManager) -> NotebookNode:
+def executed(script: Path, manager: AsyncKernelManager) -> NotebookNode:
     """The notebook of ``script`` with the outputs of a run.
 
     The kernel may have run other notebooks: it forgets their names first. Importing torch once for

@@ -379,12 +379,18 @@ def test_the_circuit_shows_the_path_of_the_suppressed_reading(arith):
     rival = traced(model, scores, sums, frozen=frozen, components=found.nodes)
     wrote = rival.nodes.set_index("node")["answer_logprob"]
     against = found.against_answer()["node"]
-    assert (wrote[against] > 0).mean() >= 0.9
+    assert len(against) == len(frozen)
+    assert (wrote[against] > 0).all()
 
-    pruned = found.edges[found.edges["pruned"] & (found.edges["effect"] < 0)]
-    paths = nx.from_pandas_edgelist(pruned, "writer", "reader", create_using=nx.DiGraph)
-    assert nx.has_path(paths, "embed", "logits")
+    # Every frozen component lies on a path of harmful edges from the embedding to the logits.
+    deeper = traced(model, scores, task.train, frozen=frozen, depth=2, batch_size=240)
+    harmful = deeper.edges[deeper.edges["effect"] < 0]
+    paths = nx.from_pandas_edgelist(harmful, "writer", "reader", create_using=nx.DiGraph)
+    for node in deeper.nodes.loc[deeper.nodes["strength"] > 0, "node"]:
+        assert nx.has_path(paths, "embed", node)
+        assert nx.has_path(paths, node, "logits")
 
+    pruned = found.edges[found.edges["pruned"]]
     own = pruned[pruned["writer"] != "embed"]
     harmful = own.sort_values("effect").head(12)[["writer", "reader"]]
     changes = {}
@@ -408,6 +414,13 @@ def test_upstream_writers_are_the_strongest_of_all(tiny):
         sources = everything.sources(node)
         strongest = sources[sources["writer"] != "embed"]["writer"].head(2)
         assert set(strongest) <= set(found.nodes["node"])
+    deeper = traced(model, scores, frozen=frozen, upstream=2, strongest=0, depth=2)
+    assert set(found.nodes["node"]) < set(deeper.nodes["node"])
+    first = set(found.nodes.loc[found.nodes["strength"] == 0, "node"])
+    for node in first:
+        sources = everything.sources(node)
+        strongest = sources[sources["writer"] != "embed"]["writer"].head(2)
+        assert set(strongest) <= set(deeper.nodes["node"])
 
 
 def test_saved_and_exported_circuits_are_the_same(arith, tmp_path):
@@ -452,6 +465,8 @@ def test_bad_requests_say_what_to_do(tiny):
         traced(model, scores, strongest=300, limit=100)
     with pytest.raises(ValueError, match="No components"):
         traced(model, scores, strongest=0)
+    with pytest.raises(ValueError, match="depth=0 is below 1"):
+        traced(model, scores, frozen=el.select(scores, count=1), depth=0)
     with pytest.raises(ValueError, match="Unknown norm 'half'"):
         traced(model, scores, norm="half")
     with pytest.raises(ValueError, match="no head 7, index 0"):

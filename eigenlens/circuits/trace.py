@@ -29,6 +29,7 @@ def circuit(
     frozen: FrozenSet | None = None,
     *,
     upstream: int = 2,
+    depth: int = 1,
     strongest: int = 20,
     components: pd.DataFrame | None = None,
     metric: Metric = answer_loss,
@@ -44,7 +45,8 @@ def circuit(
         scores: give mean activations, and which components are strong.
         data: examples that effects are means over.
         frozen: components to mark as pruned; all are nodes.
-        upstream: also this many of the strongest writers to each frozen component.
+        upstream: also this many of the strongest writers to each frozen component,
+        depth: and to each of these, this many steps back in all.
         strongest: also this many of the kept components with the largest ``|delta_loss|``.
         components: instead of both, these (columns ``layer, matrix, head, index``).
         metric: what effects are effects on; the loss by default.
@@ -57,24 +59,31 @@ def circuit(
 
     Raises:
         ValueError: no or too many components, or some that were not scored; an unknown ``norm``; a
-            model in training mode or with other weights; a data set that is empty or does not fit.
+            ``depth`` below 1; a model in training mode or with other weights; a data set that is
+            empty or does not fit.
     """
     if norm not in ("frozen", "full"):
         raise ValueError(f"Unknown norm {norm!r}; choose from frozen, full.")
+    if depth < 1:
+        raise ValueError(f"depth={depth} is below 1; upstream=0 leaves writers out.")
     check_eval_mode(model)
     provenance = Provenance.of(model, task_hash=text_hash(data.to_list()))
     if provenance.model_fingerprint != scores.provenance.model_fingerprint:
         raise ValueError("The scores belong to a model with other weights: score this model.")
     linear: Norm = "full" if norm == "full" else "frozen"
     chosen = _chosen(scores, frozen, strongest, components)
-    _check_number(len(chosen) + _most_upstream(frozen, upstream, components), limit)
+    _check_number(len(chosen), limit)
     batches = make_batches(data, model, batch_size)
     spectra, maps = _spectra(model, scores), weight_matrices(model)
-    if frozen is not None and _most_upstream(frozen, upstream, components):
-        readers = make_nodes(spectra, frozen.components)
+    readers = None if components is not None or frozen is None else frozen.components
+    for _ in range(depth if upstream else 0):
+        if readers is None or not len(readers):
+            break
+        _check_number(len(chosen) + upstream * len(readers), limit)
         options: dict[str, Any] = {"metric": metric, "norm": linear, "progress": progress}
-        fed_by = feeding(model, spectra, maps, readers, scores, batches, upstream, **options)
-        chosen = pd.concat([chosen, fed_by], ignore_index=True)
+        placed = make_nodes(spectra, readers)
+        readers = feeding(model, spectra, maps, placed, scores, batches, upstream, **options)
+        chosen = pd.concat([chosen, readers], ignore_index=True)
     nodes = make_nodes(spectra, chosen)
     rows = score_rows(scores, nodes.members)
     sums = sum_edges(
@@ -122,10 +131,6 @@ def _chosen(
     else:
         parts.append(components)
     return pd.concat(parts, ignore_index=True)
-
-
-def _most_upstream(frozen: FrozenSet | None, upstream: int, components: pd.DataFrame | None) -> int:
-    return upstream * len(frozen) if frozen is not None and components is None else 0
 
 
 def _check_number(count: int, limit: int) -> None:
