@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from eigenlens.experiments.grid import grid_result
 from eigenlens.experiments.result import ExperimentResult
-from eigenlens.experiments.views import INTERVALS, changes, dots, own, percent, pooled
+from eigenlens.experiments.views import INTERVALS, changes, dots, own, passes, percent, pooled
 
 QUESTION = "Does eigenpruning work on other architectures?"
 MINUTES = 40
@@ -28,7 +28,8 @@ def text(table: pd.DataFrame) -> str:
     return (
         f"{INTERVALS} arith-tiny is a GPT-2 of 2 layers with numbers as tokens; SmolLM2 a Llama "
         "with grouped-query attention and two digits per number; Gemma-3 has one key and value "
-        "head, norms before and after each block, gated GELU and a vocabulary of 262,144."
+        "head, norms before and after each block, gated GELU and a vocabulary of 262,144. "
+        "`passes` are examples that the fit ran forward / backward."
     )
 
 
@@ -47,7 +48,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             ],
             "loss (nats)": found["loss"].map("{:.2f}".format),
             "share frozen": found["share"],
-            "minutes": (found["seconds"] / 60).map("{:.1f}".format),
+            "passes": passes(found),
         }
     )
 

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from eigenlens.experiments.grid import grid_result
 from eigenlens.experiments.result import ExperimentResult
-from eigenlens.experiments.views import INTERVALS, dots, own, percent, pooled
+from eigenlens.experiments.views import INTERVALS, dots, own, passes, percent, pooled
 
 QUESTION = "How does eigenpruning compare with other ways to change a model, and at what cost?"
 MINUTES = 45
@@ -28,9 +28,10 @@ def text(table: pd.DataFrame) -> str:
     return (
         f"{INTERVALS} Each method has the same examples to learn from and the same ones to choose "
         "on. `tried` counts the candidates that it measured on validation (a search by gates looks "
-        "at validation itself and hands over one). Seconds, passes and memory are of the whole "
-        "fit, decomposition excepted, in one process on one core; memory is what the process took "
-        "above its size before. `numbers set` counts what the edit sets: strengths and means of "
+        "at validation itself and hands over one). `passes` are examples run forward / backward. "
+        "Passes, seconds and memory are of the whole fit, decomposition excepted, in one process "
+        "on one core that other work shared: passes are exact, seconds upper bounds. Memory is "
+        "what the process took above its size before. `numbers set` counts what the edit sets: strengths and means of "
         "frozen components at each position, entries of adapters, singular values cut."
     )
 
@@ -47,10 +48,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             "components": found["components"],
             "tried": found["candidates"].map("{:.0f}".format),
             "seconds": found["seconds"].map("{:.1f}".format),
-            "forward / backward examples": [
-                f"{f:,.0f} / {b:,.0f}"
-                for f, b in zip(found["forward_examples"], found["backward_examples"], strict=True)
-            ],
+            "passes": passes(found),
             "memory (MB)": found["peak_memory_mb"].map("{:,.0f}".format),
             "numbers set": found["parameters_changed"].map("{:,.0f}".format),
             "file (kB)": (found["saved_bytes"] / 1000).map("{:,.0f}".format),

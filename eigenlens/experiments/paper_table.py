@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from eigenlens.experiments.grid import grid_result
 from eigenlens.experiments.result import ExperimentResult
-from eigenlens.experiments.views import INTERVALS, changes, dots, own, percent, pooled
+from eigenlens.experiments.views import INTERVALS, changes, dots, own, passes, percent, pooled
 
 QUESTION = "What does eigenpruning do to the paper's tasks, beside random freezing, LASER and LoRA?"
 MINUTES = 60
@@ -30,7 +30,8 @@ def text(table: pd.DataFrame) -> str:
         "whole vocabulary would write. `choice` asks only which candidate answer is the most "
         "likely, and `majority` is the exact accuracy of always giving the most frequent answer of "
         "the train split. `gained, lost` are test examples against `before`, with McNemar's exact "
-        "p (of a random control, the first draw). Minutes are of the fit, on one core."
+        "p (of a random control, the first draw). `passes` are examples that the fit ran forward / "
+        "backward, those that it chose on included."
     )
 
 
@@ -53,7 +54,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             ],
             "loss (nats)": found["loss"].map("{:.2f}".format),
             "share frozen": found["share"],
-            "minutes": (found["seconds"] / 60).map("{:.1f}".format),
+            "passes": passes(found),
         }
     )
 

@@ -117,6 +117,16 @@ def percent(row: pd.Series, name: str = "accuracy", low: str = "low", high: str 
     return "" if pd.isna(row[name]) else share(row[name], row[low], row[high])
 
 
+def passes(found: pd.DataFrame) -> list[str]:
+    """Examples that a fit ran forward and backward, mean over its repetitions."""
+    return [
+        f"{forward:,.0f} / {backward:,.0f}"
+        for forward, backward in zip(
+            found["forward_examples"], found["backward_examples"], strict=True
+        )
+    ]
+
+
 def dots(
     found: pd.DataFrame,
     panels: Sequence[str],
