@@ -31,8 +31,8 @@ def text(table: pd.DataFrame) -> str:
         "at validation itself and hands over one). `passes` are examples run forward / backward. "
         "Passes, seconds and memory are of the whole fit, decomposition excepted, in one process "
         "on one core that other work shared: passes are exact, seconds upper bounds. Memory is "
-        "what the process took above its size before. `numbers set` counts what the edit sets: strengths and means of "
-        "frozen components at each position, entries of adapters, singular values cut."
+        "what the process took above its size before. `numbers set` counts what the edit sets: "
+        "strengths and means of frozen components at each position, entries of adapters, singular values cut."
     )
 
 
