@@ -41,15 +41,15 @@ frozen = el.select(scores, count=15)
 el.plots.spectrum(scores, frozen)
 
 # %% [markdown]
-# The same scores against the singular value itself, head by head. Size is no guide: harmful
-# components are not the largest, and not the smallest.
+# Everything that was frozen sits in the MLP of layer 1. The same scores against the singular value
+# itself, layer by layer (for `W_Q`, `W_K`, `W_V` and `W_O`, head by head):
 
 # %%
-el.plots.spectrum(scores, frozen, against="sigma", matrix="W_V")
+el.plots.spectrum(scores, frozen, against="sigma", matrix="W_in")
 
 # %% [markdown]
-# Nor do they sit in the noise. The dashed line is where the singular values of a random matrix
-# would end; the frozen ones lie on both sides of it.
+# Harmful is not the same as weak. The dashed line is where the singular values of a random matrix
+# would end: the frozen ones stand out from the noise. They are something that the model learned.
 
 # %%
 el.plots.singular_values(spectra, frozen)
@@ -70,6 +70,9 @@ el.plots.exact_against_estimate(scores.delta_loss[rows], exact, strata)
 agreement(scores.delta_loss[rows], exact, strata)
 
 # %% [markdown]
+# Most estimates lie on the diagonal. The two largest have the wrong sign: a derivative says little
+# about a component that does a lot. `eigenlens.estimators.refined` measures such components.
+#
 # ## Criteria
 #
 # The same pass ranks in several ways. `mean` is the plain first-order effect. `max` takes the

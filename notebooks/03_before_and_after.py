@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Before and after
 #
-# What does an edit do inside the model? We freeze 15 components of `arith-tiny`, run every test
-# prompt twice, without and with the edit, and compare activations. Positions are counted from the
-# end of the prompt: −1 is `=`, where the answer is read off.
+# What does an edit do inside the model? We freeze what a search found in `arith-tiny`, run every
+# test prompt twice, without and with the edit, and compare activations. Positions are counted from
+# the end of the prompt: −1 is `=`, where the answer is read off.
 
 # %%
 import eigenlens as el
@@ -23,7 +23,7 @@ import eigenlens as el
 model = el.load_model("arith-tiny")
 task = el.load_task("ambiguous", model.tokenizer, reading="product", seed=0)
 scores = el.score(model, el.decompose(model), task.train, criterion="margin")
-frozen = el.select(scores, count=15)
+frozen = el.learned(model, scores, task.train, task.validation).frozen
 frozen
 
 # %%
@@ -44,9 +44,9 @@ change = el.activation_change(model, frozen, task.test)
 el.plots.activation_change(change)
 
 # %% [markdown]
-# Read from the bottom: without the edit, the last block writes sum and product, and the right
-# answer is on top half of the time; with it, the right answer wins. Above: which positions and
-# heads moved.
+# Read from the bottom: after the first block the product is on top for most prompts already.
+# Unedited, the last block adds the sum, and the product falls to a half; with the edit it stays.
+# Above: which positions, heads and MLPs moved.
 #
 # Every panel is a table, too:
 

@@ -23,7 +23,6 @@
 # freezing suppresses.
 
 # %%
-import networkx as nx
 import pandas as pd
 
 import eigenlens as el
@@ -82,19 +81,13 @@ both[both["strength"] > 0].sort_values("answer_logprob_product").round(3)
 # %% [markdown]
 # All 15 wrote against the product, and as much for the sum.
 #
-# The picture: harmful edges on a way from the embedding to the logits. Layers go from bottom to
-# top; frozen components are dark; `1.10` is head 1, index 10, and MLP matrices have no heads.
-# Attention heads of layer 0 carry what stands at the numbers (mostly the second, position −2) to
-# `=`; the first matrix of layer 1's MLP reads it there, and its second writes the sum.
+# The picture walks back from the logits: the two most harmful edges into each reader. Layers go
+# from bottom to top; frozen components are dark; `1.10` is head 1, index 10, and MLP matrices have
+# no heads. The first matrix of layer 1's MLP reads at `=` what layer 0 brought there from the
+# numbers, and its second writes the sum.
 
 # %%
-harmful = circuit.edges[circuit.edges["effect"] < 0]
-graph = nx.from_pandas_edgelist(harmful, "writer", "reader", create_using=nx.DiGraph)
-on_the_way = (nx.descendants(graph, "embed") | {"embed"}) & (
-    nx.ancestors(graph, "logits") | {"logits"}
-)
-ways = harmful[harmful["writer"].isin(on_the_way) & harmful["reader"].isin(on_the_way)]
-el.plots.circuit(circuit, edges=ways.sort_values("effect").head(45))
+el.plots.circuit(circuit, edges=circuit.way_back(each=2))
 
 # %% [markdown]
 # ## Is it true?

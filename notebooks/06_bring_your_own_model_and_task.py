@@ -45,23 +45,23 @@ print(model.generate("7 + 8 =", max_new_tokens=1, do_sample=False, verbose=False
 # ## A task
 #
 # One JSON object a line: a `prompt`, its `answer` (with the space that it begins with, if it
-# does), and if there are alternatives, `candidates`. We ask for the larger of the two readings of
-# `?` where one number is 2 or less, and offer both.
+# does), and if there are alternatives, `candidates`. We ask for the sum where the two readings of
+# `?` differ, and offer both.
 
 # %%
 rows = [
     {
         "prompt": f"{a} ? {b} =",
-        "answer": f" {max(a + b, a * b)}",
+        "answer": f" {a + b}",
         "candidates": [f" {a + b}", f" {a * b}"],
     }
     for a in range(20)
     for b in range(20)
-    if min(a, b) <= 2 and a + b != a * b
+    if a + b != a * b
 ]
 random.Random(0).shuffle(rows)
 workspace = TemporaryDirectory()
-path = Path(workspace.name) / "larger.jsonl"
+path = Path(workspace.name) / "sums.jsonl"
 path.write_text("\n".join(map(json.dumps, rows)))
 
 task = el.load_task("jsonl", model.tokenizer, path=path, seed=0)
@@ -79,7 +79,7 @@ task
 # `out=` every stage is written as it ends, and an interrupted run goes on from there.
 
 # %%
-config = el.EigenpruneConfig(model=str(folder.name), task="jsonl", search_args={"steps": 60})
+config = el.EigenpruneConfig(model=str(folder.name), task="jsonl")
 result = el.eigenprune(model, task, config, out=Path(workspace.name) / "run")
 result
 

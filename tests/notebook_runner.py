@@ -8,6 +8,7 @@ too. Progress bars are not stored. Cells tagged ``live`` need the network and ar
 import base64
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,12 @@ def executed(script: Path, manager: AsyncKernelManager) -> NotebookNode:
     notebook = jupytext.read(script)
     notebook.cells.insert(0, new_code_cell("%reset -f"))
     NotebookClient(
-        notebook, km=manager, timeout=900, record_timing=False, skip_cells_with_tag=LIVE
+        notebook,
+        km=manager,
+        timeout=900,
+        record_timing=False,
+        coalesce_streams=True,
+        skip_cells_with_tag=LIVE,
     ).execute()
     del notebook.cells[0]
     return _tidy(notebook)
@@ -80,9 +86,20 @@ def _tidy(notebook: NotebookNode) -> NotebookNode:
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
+                _shorten(output.data)
     notebook.metadata.pop("widgets", None)
     notebook.metadata.language_info = {"name": "python"}
     return notebook
+
+
+def _shorten(data: NotebookNode) -> None:
+    """Of a result object that shows as a table, keep no more than its name as plain text.
+
+    The text would be every field of it, the folder of its model on this machine among them.
+    """
+    name = re.match(r"\w+\(", data.get("text/plain", ""))
+    if name and "text/html" in data:
+        data["text/plain"] = f"{name[0]}…)"
 
 
 def add_pictures(notebooks: list[NotebookNode]) -> None:
@@ -119,8 +136,11 @@ def add_pictures(notebooks: list[NotebookNode]) -> None:
 
 if __name__ == "__main__":
     chosen = [s for s in scripts() if s.stem in sys.argv[1:] or not sys.argv[1:]]
+    made = []
     with kernel(FOLDER) as manager:
-        made = [executed(script, manager) for script in chosen]
+        for script in chosen:
+            print(script.stem, flush=True)
+            made.append(executed(script, manager))
     add_pictures(made)
     for script, notebook in zip(chosen, made, strict=True):
         nbformat.write(notebook, script.with_suffix(".ipynb"))

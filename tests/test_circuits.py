@@ -390,6 +390,18 @@ def test_the_circuit_shows_the_path_of_the_suppressed_reading(arith):
         assert nx.has_path(paths, "embed", node)
         assert nx.has_path(paths, node, "logits")
 
+    way = deeper.way_back(each=5)
+    assert (way["effect"] < 0).all()
+    assert way.groupby("reader").size().max() == 5
+    for reader, own in way.groupby("reader"):
+        strongest = deeper.edges[deeper.edges["reader"] == reader].sort_values("effect")
+        assert set(own["writer"]) == set(strongest[strongest["effect"] < 0]["writer"].head(5))
+    shown = nx.from_pandas_edgelist(way, "writer", "reader", create_using=nx.DiGraph)
+    assert nx.ancestors(shown, "logits") == {*shown} - {"logits"}
+    assert nx.has_path(shown, "embed", "logits")
+    with pytest.raises(ValueError, match="sign=0 must be"):
+        deeper.way_back(sign=0)
+
     pruned = found.edges[found.edges["pruned"]]
     own = pruned[pruned["writer"] != "embed"]
     harmful = own.sort_values("effect").head(12)[["writer", "reader"]]

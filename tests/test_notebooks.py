@@ -66,6 +66,8 @@ def test_stored_outputs_are_whole(name):
             data = output.get("data", {})
             assert (FIGURE in data) == (PICTURE in data)
             assert "<script" not in str(data.get("text/html", ""))
+            shown = "".join(text for kind, text in data.items() if kind.startswith("text/"))
+            assert str(FOLDER.parent) not in shown
 
 
 def test_stored_outputs_are_small():

@@ -186,7 +186,10 @@ def test_a_circuit_can_be_drawn_from_chosen_edges(results):
     pruned = circuit.edges[circuit.edges["pruned"]].head(7)
     figure = el.plots.circuit(circuit, edges=pruned)
     nodes = {
-        text.split(",")[0] for t in figure.data if t.mode == "markers+text" for text in t.hovertext
+        text.split(", σ")[0]
+        for t in figure.data
+        if t.mode == "markers+text"
+        for text in t.hovertext
     }
     assert nodes == {*pruned["writer"], *pruned["reader"]}
 

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 import eigenlens as el
+from eigenlens.plots.style import log_ticks
 
 METHODS = pd.DataFrame(
     {
@@ -76,3 +77,11 @@ def test_transfer_refuses_what_it_cannot_show():
         el.plots.transfer(pd.concat([PAIRS, PAIRS]))
     with pytest.raises(ValueError, match="no rows"):
         el.plots.transfer(PAIRS.head(0))
+
+
+def test_logarithmic_axes_have_legible_ticks():
+    assert log_ticks(0.15, 3.0) == ([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"])
+    ticks, labels = log_ticks(0.5, 2e7, most=4)
+    np.testing.assert_allclose(ticks, [1, 1e3, 1e6])
+    assert labels == ["1", "10<sup>3</sup>", "10<sup>6</sup>"]
+    assert log_ticks(2.1, 4.9) == ([2.1, 4.9], ["2.1", "4.9"])

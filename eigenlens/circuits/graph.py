@@ -77,6 +77,31 @@ class Circuit:
         """
         return self._edges_of("writer", node)
 
+    def way_back(self, node: str = LOGITS, each: int = 2, sign: int = -1) -> pd.DataFrame:
+        """Edges on the strongest ways from the embedding to ``node``.
+
+        The ``each`` strongest edges of one sign into ``node``, then into each of their writers, and
+        so on.
+
+        Args:
+            node: where to start from.
+            each: edges into each reader.
+            sign: −1 for harmful edges (cutting lowers the loss), 1 for helpful ones.
+
+        Raises:
+            ValueError: no such node, or a sign that is neither 1 nor −1.
+        """
+        if sign not in (-1, 1):
+            raise ValueError(f"sign={sign} must be −1 (harmful edges) or 1 (helpful ones).")
+        parts, waiting, seen = [], [node], {node}
+        while waiting:
+            into = self.sources(waiting.pop(0))
+            parts.append(into[np.sign(into["effect"]) == sign].head(each))
+            new = [writer for writer in parts[-1]["writer"] if writer not in seen]
+            waiting += new
+            seen |= {*new}
+        return _by_size(pd.concat(parts, ignore_index=True))
+
     def _edges_of(self, end: str, node: str) -> pd.DataFrame:
         known = [*self.nodes["node"], EMBED, LOGITS]
         if node not in known:

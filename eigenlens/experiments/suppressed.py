@@ -6,6 +6,7 @@ answers, and its strongest pruned paths are cut one at a time.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ MINUTES = 2
 COUNT = 15  # components frozen
 EDGES, NODES = 60, 15
 STRENGTHS = (1.0, 0.01)
+_BATCH = 240  # short prompts
 _COLOURS = {"product": BLUE, "sum": VERMILION}
 
 
@@ -56,13 +58,12 @@ def _cuts(name: str) -> pd.DataFrame:
     model = load_model(name)
     tasks = {r: load_task("ambiguous", model.tokenizer, reading=r) for r in _COLOURS}
     product, rival = (task.train for task in tasks.values())
-    scores = score(
-        model, decompose(model, progress=False), product, criterion="margin", progress=False
-    )
+    options: dict[str, Any] = {"batch_size": _BATCH, "progress": False}
+    spectra = decompose(model, progress=False)
+    scores = score(model, spectra, product, criterion="margin", **options)
     frozen = select(scores, count=COUNT)
-    found = circuit(model, scores, product, frozen, progress=False)
-    nodes = found.nodes
-    other = circuit(model, scores, rival, frozen, components=nodes, progress=False)
+    found = circuit(model, scores, product, frozen, **options)
+    other = circuit(model, scores, rival, frozen, components=found.nodes, **options)
     own = found.edges[found.edges["pruned"] & (found.edges["writer"] != EMBED)]
     order = own["effect"].abs().sort_values(ascending=False).index[:EDGES]
     paths = own.loc[order, ["writer", "reader"]]
@@ -80,7 +81,16 @@ def _cut(
     edges = paths.merge(graph.edges, on=["writer", "reader"])
     return pd.concat(
         [
-            cut_paths(model, scores, data, graph, edges=edges, nodes=NODES, strength=strength)
+            cut_paths(
+                model,
+                scores,
+                data,
+                graph,
+                edges=edges,
+                nodes=NODES,
+                strength=strength,
+                batch_size=_BATCH,
+            )
             for strength in STRENGTHS
         ],
         ignore_index=True,

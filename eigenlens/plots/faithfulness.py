@@ -69,7 +69,7 @@ def exact_against_estimate(
 
 def _stratum(number: int) -> str:
     start = 0.0 if number == 0 else STRATA[number - 1]
-    return f"largest {STRATA[number]:.3g}" if not start else f"{start:.1%} … {STRATA[number]:.1%}"
+    return f"largest {STRATA[number]:.1%}" if not start else f"{start:.1%} … {STRATA[number]:.1%}"
 
 
 def faithfulness(curves: Mapping[str, pd.DataFrame]) -> go.Figure:

@@ -5,7 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, ORANGE, TEMPLATE
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, ORANGE, TEMPLATE, log_ticks
 
 _COLUMNS = ("method", "accuracy", "low", "high", "seconds", "parameters")
 _COSTS = (("seconds", "time (s)", ORANGE), ("parameters", "numbers learned or chosen", GREEN))
@@ -43,14 +43,15 @@ def methods(table: pd.DataFrame) -> go.Figure:
     for column, (name, title, colour) in enumerate(_COSTS, start=2):
         costs = table[name].astype(float)
         low, high = _bounds(costs)
+        marks, texts = log_ticks(low, high, most=4)
         figure.add_trace(_cost(table["method"], costs, name, colour), row=1, col=column)
         figure.add_trace(_zeros(table["method"][costs == 0], low, name), row=1, col=column)
         figure.update_xaxes(
             title_text=title,
             type="log",
             range=[np.log10(low / 1.6), np.log10(high)],
-            dtick=max(1, round(np.log10(high / low) / 3)),
-            exponentformat="power",
+            tickvals=marks,
+            ticktext=texts,
             col=column,
         )
     order = list(table["method"])[::-1]

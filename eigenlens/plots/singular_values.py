@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from eigenlens.freezing import FrozenSet
 from eigenlens.marchenko_pastur import bulk_edge
 from eigenlens.matrices import MATRIX_KINDS
-from eigenlens.plots.style import FULL_WIDTH, GREY, TEMPLATE, VERMILION, heading
+from eigenlens.plots.style import FULL_WIDTH, GREY, TEMPLATE, VERMILION, heading, log_ticks
 from eigenlens.spectra import Spectra, Spectrum
 
 _PANEL, _GAP = 190, 100  # pixels
@@ -52,11 +52,14 @@ def singular_values(
         table = pd.concat([_values(s) for s in shown if s.matrix.kind == kind], ignore_index=True)
         at = {"row": place // columns + 1, "col": place % columns + 1}
         figure.add_trace(_lines(table, first=place == 0), **at)
+        there = table["ratio"][table["ratio"] > 0]
+        marks, texts = log_ticks(float(there.min()), float(there.max()))
+        figure.update_yaxes(tickvals=marks, ticktext=texts, **at)
         figure.add_trace(_edge(table, first=place == 0), **at)
         if frozen is not None:
             figure.add_trace(_marks(table, frozen, kind, first=place == 0), **at)
     figure.update_xaxes(title_text="singular value index")
-    figure.update_yaxes(title_text="σ / bulk edge", type="log", dtick="D2", showticklabels=True)
+    figure.update_yaxes(title_text="σ / bulk edge", type="log", showticklabels=True)
     top, bottom = 130, 60
     figure.update_layout(
         template=TEMPLATE,

@@ -17,6 +17,7 @@ from eigenlens.plots.style import (
     TEMPLATE,
     VERMILION,
     heading,
+    log_ticks,
     signed_log,
     signed_log_ticks,
 )
@@ -91,7 +92,9 @@ def spectrum(
     if columns == 2:
         figure.update_yaxes(title_text="ΔL (nats)")
     if against == "sigma":
-        figure.update_xaxes(dtick="D2")
+        sigma = table["sigma"][table["sigma"] > 0]
+        marks, texts = log_ticks(float(sigma.min()), float(sigma.max()))
+        figure.update_xaxes(tickvals=marks, ticktext=texts)
     figure.update_layout(
         template=TEMPLATE,
         title=heading(

@@ -54,10 +54,29 @@ def signed_log(values: np.ndarray, unit: float) -> np.ndarray:
 def signed_log_ticks(values: np.ndarray, unit: float) -> tuple[list[float], list[str]]:
     """Tick positions and labels for :func:`signed_log`: zero and every second power of ten."""
     largest = float(np.abs(values).max(initial=unit))
-    powers = [p for p in range(int(np.log10(unit)), 12) if 10.0**p <= largest * 1.5]
-    powers = powers[-1::-2][::-1]
+    lowest = int(np.log10(unit))
+    powers = [p for p in range(lowest, 12) if 10.0**p <= largest * 1.5]
+    # The unit itself lies too close to zero for two labels, unless there is nothing else.
+    powers = [p for p in powers[-1::-2][::-1] if p > lowest] or powers
     ticks = [-(10.0**p) for p in powers[::-1]] + [0.0] + [10.0**p for p in powers]
     return signed_log(np.array(ticks), unit).tolist(), [_power(tick) for tick in ticks]
+
+
+def log_ticks(low: float, high: float, most: int = 8) -> tuple[list[float], list[str]]:
+    """Tick positions and labels of a logarithmic axis from ``low`` to ``high``.
+
+    At 1, 2 and 5 times powers of ten where no more than ``most`` lie within, else at powers; at the
+    ends where fewer than two lie within.
+    """
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    fine = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
+    if len(fine) < 2:
+        return [low, high], [f"{low:.2g}", f"{high:.2g}"]
+    if len(fine) <= most:
+        return fine, [f"{tick:,g}" for tick in fine]
+    step = -(-len(powers) // most)
+    coarse = [10.0**p for p in powers if low <= 10.0**p <= high and p % step == 0]
+    return coarse, [_power(tick) for tick in coarse]
 
 
 def _power(value: float) -> str:

@@ -86,4 +86,5 @@ def _texts(table: pd.DataFrame) -> np.ndarray:
 
 
 def _points(share: float) -> str:
-    return "" if np.isnan(share) else f"{100 * share:+.1f}".replace("-", "−")
+    points = round(100 * share, 1)
+    return "" if np.isnan(points) else f"{points:+.1f}".replace("-", "−") if points else "0.0"
