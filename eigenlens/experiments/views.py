@@ -150,7 +150,7 @@ def dots(
         rows=1,
         cols=len(panels),
         shared_yaxes=True,
-        horizontal_spacing=0.04,
+        horizontal_spacing=0.05,
         subplot_titles=[_wrapped(name) for name in panels],
     )
     order = {name: i for i, name in enumerate(rows)}
