@@ -14,6 +14,7 @@ from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, GREY, ORANGE, TEMPLAT
 
 QUESTION = "How much of a model may be frozen in one shot, by which ranking?"
 MINUTES = 15
+BLACK = "#222222"
 _COLOURS = {"max": BLUE, "margin": VERMILION, "mean": ORANGE, "random": GREY, "smallest σ": GREEN}
 _DASHES = {"random": "dot", "smallest σ": "dash"}
 
@@ -63,12 +64,17 @@ def figure(table: pd.DataFrame) -> go.Figure:
         part = found[found["label"] == label]
         for ranking, line in part[part["ranking"] != "before"].groupby("ranking", sort=False):
             drawn.add_trace(_line(line, str(ranking), column == 1), row=1, col=column)
-        # after the lines: plotly draws none in an empty panel
-        base = part[part["ranking"] == "before"]["accuracy"]
-        drawn.add_hline(
-            base.iloc[0],
-            line={"color": GREY, "width": 1},
-            annotation={"text": "before", "font": {"size": 12}},
+        base = part[part["ranking"] == "before"]["accuracy"].iloc[0]
+        drawn.add_trace(
+            go.Scatter(
+                x=[part.loc[part["p"] > 0, "p"].min(), part["p"].max()],
+                y=[base, base],
+                mode="lines",
+                line={"color": BLACK, "width": 1, "dash": "dot"},
+                name="before",
+                legendgroup="before",
+                showlegend=column == 1,
+            ),
             row=1,
             col=column,
         )
