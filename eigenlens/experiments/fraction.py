@@ -14,7 +14,7 @@ from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, GREY, ORANGE, TEMPLAT
 
 QUESTION = "How much of a model may be frozen in one shot, by which ranking?"
 MINUTES = 15
-BLACK = "#222222"
+_BLACK = "#222222"
 _COLOURS = {"max": BLUE, "margin": VERMILION, "mean": ORANGE, "random": GREY, "smallest σ": GREEN}
 _DASHES = {"random": "dot", "smallest σ": "dash"}
 
@@ -70,7 +70,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
                 x=[part.loc[part["p"] > 0, "p"].min(), part["p"].max()],
                 y=[base, base],
                 mode="lines",
-                line={"color": BLACK, "width": 1, "dash": "dot"},
+                line={"color": _BLACK, "width": 1, "dash": "dot"},
                 name="before",
                 legendgroup="before",
                 showlegend=column == 1,
