@@ -23,8 +23,8 @@ from eigenlens.plots.style import (
 
 QUESTION = "Does an edit break the model: same answer to everything, other tasks lost?"
 MINUTES = 20
-_COLOURS = (BLUE, VERMILION, ORANGE, GREEN, PINK, SKY, GREY)
-_SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star")
+_COLOURS = (BLUE, VERMILION, ORANGE, GREEN, PINK, SKY, GREY, "#222222")
+_SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star", "hexagram")
 
 
 def run(
@@ -45,7 +45,8 @@ def text(table: pd.DataFrame) -> str:
         "H(mean p) − mean H(p): zero where the output no longer depends on the input. Variance: "
         "of the token's probabilities over examples, summed over the vocabulary. Same token: "
         "share of examples whose most likely first token is the most frequent one. Means over "
-        "seeds."
+        "seeds. Where a tokenizer begins every number with the same token, as SmolLM2's does, the "
+        "first token of a sum says nothing, and text is the better witness."
     )
 
 
@@ -81,11 +82,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(table: pd.DataFrame) -> go.Figure:
-    """Information that outputs carry about inputs, as a share of the unedited model's."""
+    """Information that outputs carry about inputs, for each edit and data set."""
     found = _means(table)
-    keys = ["model", "label", "data"]
-    before = found[found["method"] == "before"].set_index(keys)["information"]
-    found["kept"] = found["information"] / before.loc[found[keys].apply(tuple, axis=1)].to_numpy()
     found["panel"] = found["model"] + "<br>made for " + found["label"]
     panels, data, methods = (list(dict.fromkeys(found[c])) for c in ("panel", "data", "method"))
     drawn = make_subplots(
@@ -100,14 +98,11 @@ def figure(table: pd.DataFrame) -> go.Figure:
             part = found[(found["panel"] == panel) & (found["data"] == name)]
             if len(part):
                 drawn.add_trace(_points(part, name, number, methods), row=1, col=column)
-        drawn.add_vline(1, line={"color": GREY, "dash": "dot"}, row=1, col=column)
     shown: set[str] = set()
     for trace in drawn.data:
         trace.showlegend = trace.name not in shown
         shown.add(trace.name)
-    drawn.update_xaxes(
-        title_text="information kept<br>(of before)", tickformat=".0%", rangemode="tozero"
-    )
+    drawn.update_xaxes(title_text="information (nats)", rangemode="tozero")
     drawn.update_yaxes(
         tickvals=list(range(len(methods))),
         ticktext=methods,
@@ -128,7 +123,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
 
 def _points(part: pd.DataFrame, name: str, number: int, methods: list[str]) -> go.Scatter:
     return go.Scatter(
-        x=part["kept"],
+        x=part["information"],
         y=[methods.index(method) for method in part["method"]],
         mode="markers",
         marker={
