@@ -271,8 +271,8 @@ def text(table: pd.DataFrame) -> str:
         "the share of equal signs among exact effects above 1e-6 nats. Passes are forward "
         "passes, a backward pass counting as two. `integrated` answers another question (the "
         f"joint path); `refined`, the default of one-shot runs, is `margin` with the {REFINED} "
-        f"most doubtful effects measured exactly on {REFINED_EXAMPLES} of the examples, and "
-        "replaced where that refutes them. The lower rows are the paper's released code with "
+        f"most doubtful effects measured exactly on {REFINED_EXAMPLES} of the examples and the "
+        "estimate as a control variate. The lower rows are the paper's released code with "
         "all deviations on, and with each taken back alone (not on multiplication and COPA)."
     )
 
