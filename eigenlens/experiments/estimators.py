@@ -272,7 +272,8 @@ def text(table: pd.DataFrame) -> str:
         "passes, a backward pass counting as two. `integrated` answers another question (the "
         f"joint path); `refined`, the default of one-shot runs, is `margin` with the {REFINED} "
         f"most doubtful effects measured exactly on {REFINED_EXAMPLES} of the examples and the "
-        "estimate as a control variate. The lower rows are the paper's released code with "
+        "estimate as a control variate; its rows on this page were measured before, with an exact "
+        "effect in place of every estimate that it refutes. The lower rows are the paper's released code with "
         "all deviations on, and with each taken back alone (not on multiplication and COPA)."
     )
 
