@@ -261,10 +261,10 @@ def _rows(
 
 def text(table: pd.DataFrame) -> str:
     """What the page says about the table."""
+    fewer = ", 150 of multiplication and 100 of COPA" if "COPA" in set(table["label"]) else ""
     return (
-        "Each estimator against the exact effect of freezing single components (300 of them, "
-        "150 of multiplication and 100 of COPA, in equal numbers from five strata of the absolute "
-        "first-order score; the top stratum "
+        f"Each estimator against the exact effect of freezing single components (300 of them{fewer}, "
+        "in equal numbers from five strata of the absolute first-order score; the top stratum "
         "holds the largest 0.1 %, or 2 components on arith-tiny, whose second stratum is "
         "shown instead), and the test accuracy of freezing its lowest scores in one shot, the "
         "share chosen on validation (Wilson 95 % intervals, added up over seeds). `sign` is "
@@ -273,8 +273,8 @@ def text(table: pd.DataFrame) -> str:
         f"joint path); `refined`, the default of one-shot runs, is `margin` with the {REFINED} "
         f"most doubtful effects measured exactly on {REFINED_EXAMPLES} of the examples and the "
         "estimate as a control variate; its rows on this page were measured before, with an exact "
-        "effect in place of every estimate that it refutes. The lower rows are the paper's released code with "
-        "all deviations on, and with each taken back alone (not on multiplication and COPA)."
+        "effect in place of every estimate that it refutes. The lower rows are the paper's "
+        "released code with all deviations on, and with each taken back alone."
     )
 
 
