@@ -264,8 +264,8 @@ def text(table: pd.DataFrame) -> str:
     fewer = ", 150 of multiplication and 100 of COPA" if "COPA" in set(table["label"]) else ""
     return (
         "Each estimator against the exact effect of freezing single components "
-        f"(300 of them{fewer}, in equal numbers from five strata of the absolute first-order score; the top stratum "
-        "holds the largest 0.1 %, or 2 components on arith-tiny, whose second stratum is "
+        f"(300 of them{fewer}, in equal numbers from five strata of the absolute "
+        "first-order score; the top stratum holds the largest 0.1 %, or 2 components on arith-tiny, whose second stratum is "
         "shown instead), and the test accuracy of freezing its lowest scores in one shot, the "
         "share chosen on validation (Wilson 95 % intervals, added up over seeds). `sign` is "
         "the share of equal signs among exact effects above 1e-6 nats. Passes are forward "
