@@ -183,8 +183,13 @@ def dots(
         base = part[part[row] == "before"]["accuracy"]
         for value in base:  # after the points: plotly draws no line in an empty panel
             figure.add_vline(value, line={"color": GREY, "dash": "dot"}, row=1, col=column)
-    figure.update_xaxes(range=[-0.03, 1.03], tickformat=".0%", tickvals=[0, 0.5, 1])
-    figure.update_xaxes(title_text="test accuracy")
+    figure.update_xaxes(
+        range=[-0.03, 1.03], tickvals=[0, 0.5, 1], ticktext=["0", "50", "100"], tickangle=0
+    )
+    # Narrow panels share the title of the one in the middle.
+    titled = range(1, len(panels) + 1) if len(panels) < 5 else [(len(panels) + 1) // 2]
+    for column in titled:
+        figure.update_xaxes(title_text="test accuracy (%)", col=column)
     figure.update_yaxes(
         tickvals=list(range(len(rows))),
         ticktext=list(rows),
@@ -202,8 +207,9 @@ def dots(
         showlegend=bool(found["choice"].notna().any()),
     )
     if found["choice"].notna().any():
-        figure.update_layout(legend={"y": -0.14 * 600 / figure.layout.height, "yanchor": "top"})
-        figure.update_layout(margin={"b": 100})
+        below = -75 / (figure.layout.height - 190)  # pixels below the axis, as a share of the plot
+        figure.update_layout(legend={"y": below, "yanchor": "top", "x": 0.5, "xanchor": "center"})
+        figure.update_layout(margin={"b": 120})
     return figure
 
 
@@ -215,7 +221,7 @@ _LABELS = {"accuracy": "exact match", "choice": "choice among candidates"}
 
 
 def _wrapped(name: str) -> str:
-    return name.replace(", ", "<br>")
+    return name.replace(", ", "<br>").replace(" as ", "<br>as ")
 
 
 def _one_legend_entry_each(figure: go.Figure) -> None:
