@@ -91,8 +91,8 @@ def figure(table: pd.DataFrame) -> go.Figure:
         drawn.add_trace(part, row=1, col=column)
     drawn.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
     drawn.update_yaxes(title_text="mask made for", col=1)
-    drawn.update_xaxes(title_text="tested on", showgrid=False, tickangle=-35)
-    drawn.update_layout(template=TEMPLATE, width=FULL_WIDTH, height=480, margin={"b": 120})
+    drawn.update_xaxes(title_text="tested on", showgrid=False, tickangle=-90)
+    drawn.update_layout(template=TEMPLATE, width=FULL_WIDTH, height=500, margin={"b": 150})
     return drawn
 
 

@@ -186,10 +186,7 @@ def dots(
     figure.update_xaxes(
         range=[-0.03, 1.03], tickvals=[0, 0.5, 1], ticktext=["0", "50", "100"], tickangle=0
     )
-    # Narrow panels share the title of the one in the middle.
-    titled = range(1, len(panels) + 1) if len(panels) < 5 else [(len(panels) + 1) // 2]
-    for column in titled:
-        figure.update_xaxes(title_text="test accuracy (%)", col=column)
+    figure.update_xaxes(title_text="test accuracy (%)" if len(panels) < 5 else "accuracy<br>(%)")
     figure.update_yaxes(
         tickvals=list(range(len(rows))),
         ticktext=list(rows),
@@ -207,9 +204,9 @@ def dots(
         showlegend=bool(found["choice"].notna().any()),
     )
     if found["choice"].notna().any():
-        below = -75 / (figure.layout.height - 190)  # pixels below the axis, as a share of the plot
+        below = -85 / (figure.layout.height - 200)  # pixels below the axis, as a share of the plot
         figure.update_layout(legend={"y": below, "yanchor": "top", "x": 0.5, "xanchor": "center"})
-        figure.update_layout(margin={"b": 120})
+        figure.update_layout(margin={"b": 130})
     return figure
 
 
