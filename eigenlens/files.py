@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
+import yaml
 from torch import Tensor
 
 FORMAT = "1"
@@ -61,6 +62,22 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     if not found.is_file():
         raise FileNotFoundError(f"No such file: {found}")
     return found
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Options and values of a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: it is no YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise FileFormatError(f"{path} does not hold a mapping of options to values.")
+    return values
 
 
 def _header(kind: str, metadata: Mapping[str, Any]) -> str:

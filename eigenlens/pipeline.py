@@ -26,9 +26,10 @@ from pydantic import (
 )
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.errors import problems
 from eigenlens.estimators import REFINED, REFINED_EXAMPLES, refined
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
-from eigenlens.files import FileFormatError, write_json, write_text
+from eigenlens.files import FileFormatError, read_yaml, write_json, write_text
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.models import load_model
 from eigenlens.plots import search_trace, spectrum
@@ -112,8 +113,7 @@ class EigenpruneConfig(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise ValueError("The configuration is not valid. " + "; ".join(problems)) from error
+            raise ValueError(f"The configuration is not valid. {problems(error)}") from error
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> "EigenpruneConfig":
@@ -124,13 +124,7 @@ class EigenpruneConfig(BaseModel):
             FileFormatError: it is no YAML mapping.
             ValueError: an unknown key or a value out of range.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise FileFormatError(f"{path} does not hold a mapping of options to values.")
-        return cls.make(**values | overrides)
+        return cls.make(**read_yaml(path) | overrides)
 
     def to_yaml(self) -> str:
         """All values as YAML."""
@@ -180,10 +174,7 @@ def _check_options(search: str, options: dict[str, Any]) -> None:
     try:
         model(**options)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ValueError(
-            f"{'; '.join(problems)} (arguments of {search}: {', '.join(own)})"
-        ) from error
+        raise ValueError(f"{problems(error)} (arguments of {search}: {', '.join(own)})") from error
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eigenlens.baselines import Baseline, make_baseline
-from eigenlens.files import FileFormatError
+from eigenlens.errors import problems
+from eigenlens.files import read_yaml
 from eigenlens.freezing import FrozenSet
 from eigenlens.tasks import TASKS
 
@@ -138,13 +138,6 @@ class StudyConfig(_Strict):
             ValueError: an unknown key, task or method, or a value that is not allowed.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise FileFormatError(f"{path} does not hold a mapping.")
-        try:
-            return cls(**values)
+            return cls(**read_yaml(path))
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise ValueError(f"{path} is not a valid study. {'; '.join(problems)}") from error
+            raise ValueError(f"{path} is not a valid study. {problems(error)}") from error

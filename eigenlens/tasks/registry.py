@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from eigenlens.errors import problems
 from eigenlens.tasks.arithmetic import ambiguous, int_add, int_mult
 from eigenlens.tasks.batches import tokenise
 from eigenlens.tasks.ioi import ioi
@@ -48,10 +49,7 @@ def load_task(
     try:
         task = TASKS[name](**arguments)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'arguments'}: {e['msg']}" for e in error.errors()
-        )
-        raise ValueError(f"Task {name!r}: {problems}.") from error
+        raise ValueError(f"Task {name!r}: {problems(error, 'arguments')}.") from error
     if tokenizer is not None:
         for split in (task.train, task.validation, task.test):
             tokenise(split, tokenizer)
