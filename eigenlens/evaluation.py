@@ -244,6 +244,11 @@ def majority_accuracy(train: Dataset, test: Dataset) -> float:
     return sum(other == answer for other in test["answer"]) / len(test)
 
 
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact p of McNemar's test: are gains and losses equally likely?"""
+    return float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two evaluations of the same examples, paired.
@@ -307,7 +312,6 @@ def compare(
         raise ValueError("These evaluations are not of the same examples, in the same order.")
     was, now = (e.examples["correct"].to_numpy(bool) for e in (before, after))
     gained, lost = int((now & ~was).sum()), int((was & ~now).sum())
-    p_value = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     right = now.astype(float) - was
     loss = (after.examples["loss"] - before.examples["loss"]).to_numpy()
     return Comparison(
@@ -317,7 +321,7 @@ def compare(
         loss_interval=_bootstrap(loss, seed, n_resamples),
         gained=gained,
         lost=lost,
-        p_value=float(p_value),
+        p_value=mcnemar(gained, lost),
         n=len(right),
     )
 

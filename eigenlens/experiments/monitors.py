@@ -19,6 +19,7 @@ from eigenlens.plots.style import (
     SKY,
     TEMPLATE,
     VERMILION,
+    one_legend_entry_each,
 )
 
 QUESTION = "Does an edit break the model: same answer to everything, other tasks lost?"
@@ -98,10 +99,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
             part = found[(found["panel"] == panel) & (found["data"] == name)]
             if len(part):
                 drawn.add_trace(_points(part, name, number, methods), row=1, col=column)
-    shown: set[str] = set()
-    for trace in drawn.data:
-        trace.showlegend = trace.name not in shown
-        shown.add(trace.name)
+    one_legend_entry_each(drawn)
     drawn.update_xaxes(title_text="information (nats)", rangemode="tozero")
     drawn.update_yaxes(
         tickvals=list(range(len(methods))),

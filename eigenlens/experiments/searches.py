@@ -29,6 +29,7 @@ from eigenlens.plots.style import (
     PINK,
     TEMPLATE,
     VERMILION,
+    one_legend_entry_each,
 )
 from eigenlens.scoring import Scores, score
 from eigenlens.search import SearchResult, guarded, iterative, learned, one_shot
@@ -270,10 +271,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(showticklabels=False, title_text="method")
     figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
     figure.update_yaxes(title_text="test accuracy", col=1)
-    shown: set[str] = set()
-    for trace in figure.data:
-        trace.showlegend = trace.name not in shown
-        shown.add(trace.name)
+    one_legend_entry_each(figure)
     figure.update_layout(
         template=TEMPLATE,
         width=FULL_WIDTH,

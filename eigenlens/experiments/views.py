@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import scipy.stats
 from plotly.subplots import make_subplots
 
-from eigenlens.evaluation import wilson_interval
+from eigenlens.evaluation import mcnemar, wilson_interval
 from eigenlens.experiments.result import share
-from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, ORANGE, TEMPLATE
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, ORANGE, TEMPLATE, one_legend_entry_each
 
 _CELL = ["model", "label", "method"]
 INTERVALS = (
@@ -98,7 +97,6 @@ def changes(table: pd.DataFrame, base: str = "before") -> pd.DataFrame:
                 for a, b in zip(was[seed], now, strict=True)
             ]
             gained, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
-            p = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
             rows.append(
                 {
                     "model": model,
@@ -106,7 +104,7 @@ def changes(table: pd.DataFrame, base: str = "before") -> pd.DataFrame:
                     "method": method,
                     "gained": gained,
                     "lost": lost,
-                    "p": p,
+                    "p": mcnemar(gained, lost),
                 }
             )
     return pd.DataFrame(rows)
@@ -194,7 +192,7 @@ def dots(
         zeroline=False,
     )
     figure.update_yaxes(title_text=row, col=1)
-    _one_legend_entry_each(figure)
+    one_legend_entry_each(figure)
     figure.update_layout(
         template=TEMPLATE,
         width=FULL_WIDTH,
@@ -219,10 +217,3 @@ _LABELS = {"accuracy": "exact match", "choice": "choice among candidates"}
 
 def _wrapped(name: str) -> str:
     return name.replace(", ", "<br>").replace(" as ", "<br>as ")
-
-
-def _one_legend_entry_each(figure: go.Figure) -> None:
-    shown: set[str] = set()
-    for trace in figure.data:
-        trace.showlegend = trace.name not in shown
-        shown.add(trace.name)

@@ -40,6 +40,14 @@ pio.templates["eigenlens"] = go.layout.Template(
 TEMPLATE = "plotly_white+eigenlens"
 
 
+def one_legend_entry_each(figure: go.Figure) -> None:
+    """Traces of the same name, one in each panel, share their first one's entry in the legend."""
+    shown: set[str] = set()
+    for trace in figure.data:
+        trace.showlegend = trace.name not in shown
+        shown.add(trace.name)
+
+
 def heading(text: str, note: str, height: int) -> dict[str, Any]:
     """A title with a smaller line below it, at a fixed distance from the top of the figure."""
     place = {"x": 0.02, "y": 1 - 26 / height, "yanchor": "top"}
