@@ -114,17 +114,24 @@ def refined(
         The scores with ``criterion="refined"``.
 
     Raises:
-        ValueError: a negative ``count``; scores without directions.
+        ValueError: a negative ``count``; scores without directions, or whose criterion or
+            reference is not an estimate of the mean effect of freezing.
     """
     if count < 0:
         raise ValueError(f"count={count} is negative.")
+    if scores.criterion in ("max", "ucb") or scores.reference == "resample":
+        raise ValueError(
+            f"criterion={scores.criterion!r} with reference={scores.reference!r} does not estimate "
+            "the mean effect of freezing, so exact effects cannot replace it: use 'mean', "
+            "'fisher' or 'margin' with the reference 'mean' or 'zero'."
+        )
     values = scores.delta_loss.copy()
     rows = np.argsort(-_doubt(scores), kind="stable")[:count]
     if len(rows):
         options: dict[str, Any] = {"metric": metric, "progress": progress}
         exact = exact_effects(model, scores, rows, data, batch_size=batch_size, **options)
-        effects, loss = single_effects(model, scores, data, **options)
-        estimates, all_ = effects[rows], scores.with_criterion("mean").delta_loss
+        estimates, loss = single_effects(model, scores, data, rows, **options)
+        all_ = scores.with_criterion("mean").delta_loss
         if not np.isnan(scores.components["margin"]).any():
             estimates, all_ = margins(estimates, loss), scores.with_criterion("margin").delta_loss
         values[rows] = _regressed(exact, estimates, all_[rows])
@@ -135,21 +142,23 @@ def single_effects(
     model: TransformerBridge,
     scores: Scores,
     data: Dataset,
+    rows: np.ndarray,
     *,
     metric: Metric = answer_loss,
     progress: bool = True,
 ) -> tuple[Float[np.ndarray, "component example"], Float[np.ndarray, " example"]]:
-    """First-order effect of every component on every example, and the metric of the examples.
+    """First-order effects of components on every example, and the metric of the examples.
 
-    One forward and one backward pass of a single example each; the means are those of ``scores``.
+    One forward and one backward pass of a single example each, whatever the number of ``rows`` of
+    ``scores.components``; the means are those of ``scores``.
     """
-    effects = np.empty((len(scores), len(data)))
+    effects = np.empty((len(rows), len(data)))
     values = np.empty(len(data))
     with Gates(model, scores) as gates:
         for batch in tqdm(make_batches(data, model, 1), desc="effects", disable=not progress):
             value, slope = gates.gradient(batch, metric)
             values[batch.indices] = value.double().cpu().numpy()
-            effects[:, batch.indices] = slope.double().cpu().numpy()[:, None]
+            effects[:, batch.indices] = slope.double().cpu().numpy()[rows, None]
     return effects, values
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.freezing import FrozenSet, flat_directions
+from eigenlens.freezing import flat_directions
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.scoring import Scores
 from eigenlens.spectra import Spectrum
@@ -134,7 +134,7 @@ class _Copies:
         if isinstance(value, tuple):
             return tuple(map(self._side, value))
         rows = len(self._batch)
-        if rows > 1 and isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] % rows == 0:
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] % rows == 0:
             return self._tiled(value)
         return value
 
@@ -159,16 +159,7 @@ class _Edit:
         self._reads, self._writes = flat_directions(
             spectrum, chosen["head"].to_numpy(), chosen["index"].to_numpy()
         )
-        frozen = FrozenSet.from_scores(scores, rows)
-        seen = np.where(frozen.count > 0, frozen.mean_activation, frozen.fallback[:, None])
-        columns = np.arange(batch.positions.start, batch.positions.stop) - scores.positions.start
-        if frozen.bucketed:
-            columns = columns.clip(min=0)
-        inside = (columns >= 0) & (columns < len(scores.positions))
-        mean = np.where(
-            inside, seen[:, columns.clip(0, seen.shape[1] - 1)], frozen.fallback[:, None]
-        )
-        self._mean = torch.tensor(mean).to(self._reads)
+        self._mean = torch.tensor(scores.means_at(batch.positions, rows)).to(self._reads)
         self._copies = torch.tensor(copies, device=self._reads.device)
         self._n = n_copies
         self._strength = strength

@@ -146,15 +146,20 @@ def set_effects(
 
     The prediction is the sum of scores, each times its strength. Columns ``set, components,
     predicted, real`` in nats.
+
+    Raises:
+        ValueError: a set with components that were not scored.
     """
     keys = ["layer", "matrix", "head", "index"]
     known = scores.components[keys].assign(delta_loss=scores.delta_loss)
     base = evaluate(model, data, batch_size=batch_size, choices=False).loss
     rows = []
     for name, frozen in sets.items():
+        listed = frozen.to_pandas().merge(known, on=keys, how="left")
+        if unknown := int(listed["delta_loss"].isna().sum()):
+            raise ValueError(f"{name}: {unknown} of {len(frozen)} components have no score.")
         with freeze(model, frozen):
             real = evaluate(model, data, batch_size=batch_size, choices=False).loss - base
-        listed = frozen.to_pandas().merge(known, on=keys, how="left")
         predicted = float((listed["delta_loss"] * listed["strength"]).sum())
         rows.append({"set": name, "components": len(frozen), "predicted": predicted, "real": real})
     return pd.DataFrame(rows)

@@ -137,14 +137,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "criterion": "max",
         "reference": "mean",
         "search": "one_shot",
-        "search_args": {"fractions": [0.01, 0.05, 0.1]},
+        "search_args": {"fractions": [0.01, 0.05, 0.1], "or_nothing": False},
     },
     # The released code, all deviations on; its main script freezes 30 % of the keys.
     "reference_code": {
         "matrices": ["W_K"],
         "reference_code": {},
         "search": "one_shot",
-        "search_args": {"fractions": [0.3]},
+        "search_args": {"fractions": [0.3], "or_nothing": False},
     },
 }
 _FINISHED = (

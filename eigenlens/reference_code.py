@@ -220,7 +220,8 @@ class _Passes:
         }
         self.positions = position_range(batches)
         self.count = position_counts(batches, self.positions)
-        self._rows = torch.zeros(len(self.positions))  # padding counts, as it does there
+        # padding counts, as it does there
+        self._rows = torch.zeros(len(self.positions), device=self.count.device)
         self._inputs = {
             s.matrix.name: s.u.new_zeros(len(self.positions), s.matrix.flat_weight.shape[0])
             for s in self._spectra

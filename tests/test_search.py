@@ -17,9 +17,11 @@ from eigenlens.metrics import answer_logits, answer_loss
 from eigenlens.search import Protection, guarded, iterative, learned, one_shot
 from eigenlens.search.guarded import _hold_out, _try
 from eigenlens.search.learned import gated
+from eigenlens.search.ranking import scores_under
 from eigenlens.tasks import make_batches
 
 SMALL = {"batch_size": 60, "progress": False}
+NONE = np.array([], dtype=int)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,42 @@ def test_gates_do_what_freezing_does(tiny, family, data):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
+@pytest.mark.parametrize("criterion", ["mean", "fisher"])
+@pytest.mark.parametrize("n_positions", [None, 2])
+def test_scores_under_an_edit_are_the_gradients_of_its_gates(tiny, family, criterion, n_positions):
+    """Means stay those of the unedited model: what they are under the edit does not matter."""
+    model = tiny(family)
+    base = el.score(
+        model,
+        el.decompose(model, progress=False),
+        MIXED,
+        criterion=criterion,
+        n_positions=n_positions,
+        progress=False,
+    )
+    rows = np.random.default_rng(2).permutation(len(base))[: len(base) // 2]
+    z = torch.zeros(len(base), dtype=torch.float64)
+    z[rows] = 1
+    under = scores_under(model, base, rows, MIXED, batch_size=2)
+    np.testing.assert_allclose(
+        under.with_criterion("mean").delta_loss, gate_slopes(model, base, MIXED, z), atol=1e-10
+    )
+    part = MIXED.select([0, 1])  # on fewer examples, with positions that these lack
+    some = scores_under(model, base, rows, part, batch_size=2)
+    np.testing.assert_allclose(
+        some.with_criterion("mean").delta_loss, gate_slopes(model, base, part, z), atol=1e-10
+    )
+
+
+def test_means_of_other_components_are_refused(tiny):
+    model = tiny("gpt2")
+    spectra = el.decompose(model, progress=False)
+    base = el.score(model, spectra, MIXED, matrices=["W_Q"], progress=False)
+    with pytest.raises(ValueError, match="The means are of"):
+        el.score(model, spectra, MIXED, matrices=["W_O"], means=base, progress=False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
 def test_at_closed_gates_the_gradient_is_the_score(tiny, family):
     model = tiny(family)
     base = el.score(model, el.decompose(model, progress=False), MIXED, progress=False)
@@ -131,10 +169,20 @@ def test_learned_gates_help_and_leave_the_model_as_it_was(arith, attenuate):
 def test_one_shot_takes_the_best_fraction(arith):
     model, base, task = arith
     found = one_shot(model, base, task.validation, fractions=(0.5, 0.01))
+    assert found.trace["fraction"].tolist() == [0, 0.01, 0.5]
     for fraction, accuracy in found.trace[["fraction", "validation_accuracy"]].to_numpy():
         with el.freeze(model, el.select(base, fraction)):
             assert el.evaluate(model, task.validation).accuracy == accuracy
     assert len(found.frozen) == found.trace[found.trace["chosen"]]["components"].iloc[0]
+
+
+def test_one_shot_may_freeze_nothing(arith):
+    model, base, task = arith
+    worst = base.with_criterion("mean")
+    worst = replace(worst, components=worst.components.assign(effect=-worst.delta_loss))
+    harmful = {"fractions": (0.02, 0.1)}
+    assert len(one_shot(model, worst, task.validation, **harmful).frozen) == 0
+    assert len(one_shot(model, worst, task.validation, or_nothing=False, **harmful).frozen) > 0
 
 
 def test_iterative_takes_the_best_step_of_its_trace(arith):
@@ -175,29 +223,36 @@ def test_guarded_never_ends_with_a_higher_calibration_loss(tiny, seed, step, sha
     assert el.evaluate(model, held_out).loss == before
 
 
-class Loss:
-    """Stands for an evaluation."""
-
-    def __init__(self, loss):
-        self.loss = loss
-
-
 @pytest.mark.parametrize(
-    ("harm", "accepted", "blamed"),
+    ("harm", "kept", "blamed"),
     [
         ([], [0, 1, 2, 3, 4, 5, 6, 7], []),  # all help: all kept
-        ([6], [0, 1, 2, 3], [4, 5, 6, 7]),  # halved once; the half with the harm is blamed
-        ([2], [0, 1], [2, 3]),
-        ([0], [1, 2], [0]),  # the first alone harms: it is set aside, and fewer are tried
+        ([6], [0, 1, 2, 3, 4, 5, 7], [6]),  # only the one that harms is left out
+        ([0, 1], [2, 3, 4, 5, 6, 7], [0, 1]),
+        ([0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11], [0, 1, 2, 3, 4, 5, 6, 7]),  # the next are tried
     ],
 )
-def test_a_step_is_halved_until_it_helps(harm, accepted, blamed):
-    def look(rows):
-        return Loss(1.0 - 0.1 * len(rows) + 10 * np.isin(rows, harm).sum()), True
+def test_a_step_is_halved_until_it_helps(harm, kept, blamed):
+    def check(rows, loss):
+        found = 1.0 - 0.1 * len(rows) + 10 * np.isin(rows, harm).sum()
+        return found if found < loss else None
 
-    made = _try(np.arange(12), 8, 1.0, look)
-    assert made.accepted.tolist() == accepted
+    made = _try(NONE, np.arange(12), 8, 1.0, check)
+    assert made.accepted.tolist() == kept
     assert made.blamed.tolist() == blamed
+    assert made.loss == pytest.approx(1.0 - 0.1 * len(kept))
+
+
+def test_a_step_that_runs_out_of_trials_blames_only_what_it_tried_alone():
+    tried = []
+
+    def check(rows, loss):
+        tried.append(rows.tolist())
+
+    made = _try(NONE, np.arange(1000), 512, 1.0, check)
+    assert len(tried) == made.trials == 32
+    assert made.blamed.tolist() == [rows[0] for rows in tried if len(rows) == 1]
+    assert not len(made.accepted)
 
 
 class Killed(Exception):
@@ -222,19 +277,24 @@ def killed_after(monkeypatch, looks):
 def run_search(name, arith, **more):
     model, base, task = arith
     data = (model, base, task.train, task.validation)
-    if name == "iterative":
+    if "protected" in name:
+        more["protect"] = Protection(model, {"validation": task.test}, bound=0.5)
+    if "iterative" in name:
         return iterative(*data, step=3, steps=4, **SMALL, **more)
-    if name == "guarded":
-        return guarded(*data, step=8, steps=4, **SMALL, **more)
-    return learned(*data, steps=25, every=5, attenuate=name == "attenuated", **SMALL, **more)
+    if "guarded" in name:
+        return guarded(*data, step=8, steps=3, **SMALL, **more)
+    return learned(*data, steps=25, every=5, attenuate="attenuated" in name, **SMALL, **more)
 
 
-@pytest.mark.parametrize("name", ["iterative", "guarded", "learned", "attenuated"])
+@pytest.mark.parametrize(
+    "name",
+    ["iterative", "guarded", "learned", "attenuated", "protected guarded", "protected learned"],
+)
 def test_a_killed_search_resumes_to_the_same_result(arith, monkeypatch, tmp_path, name):
     whole = run_search(name, arith)
     looks = 0
     while True:
-        looks += 3
+        looks += 1
         state = tmp_path / f"{looks}.safetensors"
         with monkeypatch.context() as patch:
             killed_after(patch, looks)
@@ -246,7 +306,25 @@ def test_a_killed_search_resumes_to_the_same_result(arith, monkeypatch, tmp_path
         resumed = run_search(name, arith, checkpoint=state)
         pd.testing.assert_frame_equal(resumed.trace, whole.trace)
         pd.testing.assert_frame_equal(resumed.frozen.to_pandas(), whole.frozen.to_pandas())
-    assert looks > 3
+    assert looks > 4
+
+
+def test_a_checkpoint_of_other_components_is_refused(arith, tmp_path):
+    """W_Q and W_O have as many components, so the numbers of their rows alone say nothing."""
+    model, base, task = arith
+    state = tmp_path / "state.safetensors"
+    spectra = base.require_spectra()
+
+    def run(kind):
+        part = el.score(model, spectra, task.train, matrices=[kind], progress=False)
+        iterative(
+            model, part, task.train, task.validation, step=3, steps=1, checkpoint=state, **SMALL
+        )
+
+    run("W_Q")
+    run("W_Q")
+    with pytest.raises(ValueError, match="other options"):
+        run("W_O")
 
 
 def test_a_checkpoint_of_another_search_is_refused(arith, tmp_path):
@@ -310,4 +388,6 @@ def test_wrong_options_name_themselves(arith):
     with pytest.raises(ValueError, match="loaded without directions"):
         iterative(model, replace(base, spectra=None), task.train, task.validation, steps=1)
     with pytest.raises(ValueError, match="bound=-1"):
-        Protection(model, {}, bound=-1.0)
+        Protection(model, {"test": task.test}, bound=-1.0)
+    with pytest.raises(ValueError, match="No data to protect"):
+        Protection(model, {})

@@ -2,7 +2,8 @@
 
 Sign: ``delta_loss < 0`` predicts that freezing the component lowers the loss.
 Cost: one forward and one backward pass per batch; criteria other than ``mean`` and standard errors
-take one forward pass more, for the means that single effects are measured against.
+take one forward pass more, for the means that single effects are measured against, unless these
+are given.
 Memory: per matrix the sums of :mod:`eigenlens.scoring.accumulators`, whatever the number of
 examples; inputs of a batch are held until the backward pass has used them. What is kept per
 position is ``n_positions`` + answer tokens + 1 numbers per component, however long the prompts: of
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,6 +32,7 @@ from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mod
 from eigenlens.provenance import Provenance, text_hash
 from eigenlens.scoring.accumulators import CrossMoments, EffectMoments, InputMeans
 from eigenlens.scoring.scores import (
+    COMPONENT,
     CRITERIA,
     REFERENCES,
     STATISTICS,
@@ -65,6 +68,7 @@ def score(
     z: float = 1.0,
     constant_positions: bool = False,
     n_positions: int | None = None,
+    means: Scores | None = None,
     matrices: Iterable[str] | None = None,
     layers: Iterable[int] | None = None,
     batch_size: int = 50,
@@ -93,6 +97,9 @@ def score(
             tokens, too, as the paper's code does: no maximum is then below zero.
         n_positions: how many of the last positions of the prompt have a mean of their own; all
             earlier ones share one (for long prompts of many lengths). ``None``: every position.
+        means: scores of the same components whose means freezing puts in place, where those of
+            ``data`` under the model of now are not meant: scoring under an edit, or on a part of
+            the examples. Saves the forward pass for the means; ``n_positions`` is then theirs.
         matrices, layers: score only these of ``spectra``.
         batch_size: examples per pass.
         seed: of the resampling.
@@ -100,9 +107,9 @@ def score(
 
     Raises:
         ValueError: an unknown criterion, reference, matrix kind or layer; a negative
-            ``n_positions``; a model in training mode or with other weights than ``spectra``; an
-            empty or untokenisable data set; prompts longer than the context; ``resample`` with a
-            batch of one; NaN or infinite activations.
+            ``n_positions``; a model in training mode or with other weights than ``spectra``;
+            ``means`` of other components; an empty or untokenisable data set; prompts longer than
+            the context; ``resample`` with a batch of one; NaN or infinite activations.
     """
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("reference", reference, REFERENCES)
@@ -112,7 +119,10 @@ def score(
     _check_model(model, spectra, provenance)
     chosen = _chosen(model, spectra, matrices, layers)
     batches = make_batches(data, model, batch_size, smallest=2 if reference == "resample" else 1)
-    scorer = _Scorer(model, chosen, batches, reference, metric, seed, progress, n_positions)
+    if means is not None:
+        _check_components(means, chosen)
+        n_positions = means.n_positions
+    scorer = _Scorer(model, chosen, batches, reference, metric, seed, progress, n_positions, means)
     one_pass = criterion == "mean" and not stderr
     components = scorer.streaming() if one_pass else scorer.per_example(constant_positions)
     return Scores(
@@ -154,6 +164,15 @@ def _chosen(
     if not chosen:
         raise ValueError(f"None of {', '.join(names[:3])} … is in the spectra: decompose them.")
     return chosen
+
+
+def _check_components(means: Scores, spectra: list[Spectrum]) -> None:
+    wanted = component_table(spectra, {})[COMPONENT]
+    if not wanted.equals(means.components[COMPONENT].reset_index(drop=True)):
+        raise ValueError(
+            f"The means are of {len(means):,} components, and not of the {len(wanted):,} to score: "
+            "score the same matrices and layers."
+        )
 
 
 def position_range(batches: Sequence[Batch], n_positions: int | None = None) -> range:
@@ -214,6 +233,7 @@ class _Scorer:
         seed: int,
         progress: bool,
         n_positions: int | None,
+        given: Scores | None,
     ) -> None:
         self.model = model
         self.spectra = spectra
@@ -227,6 +247,7 @@ class _Scorer:
         self.count = position_counts(batches, self.positions)
         self.n_examples = sum(len(batch) for batch in batches)
         self.inputs = {s.matrix.name: InputMeans.zeros(s, len(self.positions)) for s in spectra}
+        self.given = _reads_of(given, spectra, self.positions) if given is not None else {}
 
     def streaming(self) -> pd.DataFrame:
         """Mean effects from one forward and one backward pass per batch."""
@@ -246,7 +267,8 @@ class _Scorer:
                 partner: Tensor | None = partner,
             ) -> None:
                 x, g = _without_padding(x, batch), _without_padding(g, batch)
-                self.inputs[spectrum.matrix.name].update(rows, x)
+                if not self.given:
+                    self.inputs[spectrum.matrix.name].update(rows, x)
                 if partner is not None:
                     x = x - _resampled(x, batch, partner)
                 moments[spectrum.matrix.name].update(rows, x, g)
@@ -259,7 +281,7 @@ class _Scorer:
 
     def per_example(self, constant_positions: bool) -> pd.DataFrame:
         """Mean, spread and worst of single effects; takes a forward pass for the means first."""
-        for batch in self._bar("means"):
+        for batch in self._bar("means") if not self.given else ():
             rows = position_rows(batch, self.positions)
             record_inputs(self.model, self.spectra, batch, partial(self._add_inputs, batch, rows))
         means = {s.matrix.name: self._mean_reads(s) for s in self.spectra}
@@ -318,6 +340,8 @@ class _Scorer:
         return np.concatenate(blocks)
 
     def _mean_reads(self, spectrum: Spectrum) -> Float[Tensor, "pos head rank"]:
+        if self.given:
+            return self.given[spectrum.matrix.name]
         return spectrum.reads(self.inputs[spectrum.matrix.name].means(self.count))
 
     def _add_inputs(self, batch: Batch, rows: Tensor, spectrum: Spectrum, x: Tensor) -> None:
@@ -332,6 +356,19 @@ class _Scorer:
 
     def _bar(self, name: str) -> Iterator[Batch]:
         return iter(tqdm(self.batches, desc=name, unit="batch", disable=not self.progress))
+
+
+def _reads_of(
+    scores: Scores, spectra: list[Spectrum], positions: range
+) -> dict[str, Float[Tensor, "pos head rank"]]:
+    """The means of ``scores`` at ``positions``, by matrix."""
+    values = torch.tensor(scores.means_at(positions)).split([s.sigma.numel() for s in spectra])
+    return {
+        s.matrix.name: rearrange(
+            part.to(s.sigma), "(head rank) pos -> pos head rank", head=s.matrix.n_heads
+        )
+        for s, part in zip(spectra, values, strict=True)
+    }
 
 
 def _without_padding(values: Tensor, batch: Batch) -> Tensor:

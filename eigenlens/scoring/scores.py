@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from eigenlens.files import FileFormatError, load_table, save_table
 from eigenlens.provenance import Provenance
@@ -86,6 +87,23 @@ class Scores:
     def stderr(self) -> np.ndarray:
         """Standard error of the mean effect over examples, in nats; NaN unless asked for."""
         return (self.components["std"] / np.sqrt(self.n_examples)).to_numpy()
+
+    def means_at(
+        self, positions: range, rows: np.ndarray | slice = slice(None)
+    ) -> Float[np.ndarray, "component position"]:
+        """What freezing puts in place of the activations of ``rows`` at ``positions``.
+
+        A position that was never seen has the mean over positions.
+        """
+        mean = self.mean_activation[rows]
+        weight = self.count / max(1, self.count.sum())
+        fallback = (mean @ weight.astype(mean.dtype))[:, None]
+        columns = np.arange(positions.start, positions.stop) - self.positions.start
+        if self.bucketed:
+            columns = columns.clip(min=0)
+        inside = (columns >= 0) & (columns < len(self.positions))
+        columns = columns.clip(0, len(self.positions) - 1)
+        return np.where(inside & (self.count[columns] > 0), mean[:, columns], fallback)
 
     def require_spectra(self) -> Spectra:
         """The decomposition that was scored.

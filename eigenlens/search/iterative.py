@@ -30,12 +30,13 @@ def iterative(
     """Freeze the ``step`` lowest components, score again, and so on; the best on validation wins.
 
     Every step is accepted; the search stops early where no component has a negative score. Means
-    are those of ``base`` and stay fixed. A step costs a scoring pass and a look at validation.
+    are those of ``base`` and stay fixed. A step costs a forward and a backward pass over ``train``,
+    and a look at validation.
 
     Args:
         model: in eval mode.
-        base: scores of the unedited model; their criterion ranks in every step (``margin``, where
-            it is an estimate made elsewhere).
+        base: scores of the unedited model; their criterion ranks in every step (``fisher``, where
+            it is an estimate made elsewhere), their means replace.
         train: examples to score on.
         validation: examples to choose the stopping point on.
         step: components per step: a number, or a share of all.

@@ -116,7 +116,7 @@ def learned(
         "batch_size": batch_size,
         "seed": seed,
     }
-    spared = protect.data if protect else {}
+    spared = {f"protected {name}": rows for name, rows in protect.data.items()} if protect else {}
     kept = Checkpoint(
         checkpoint, base, {"train": train, "validation": validation, **spared}, options
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
+import numpy as np
 from datasets import Dataset
 from pydantic import Field
 from transformer_lens.model_bridge import TransformerBridge
@@ -26,6 +27,7 @@ def one_shot(
     within: Within = "all",
     negative_only: bool = False,
     choose: Callable[[Scores, float], FrozenSet] | None = None,
+    or_nothing: bool = True,
     batch_size: int = 50,
 ) -> SearchResult:
     """Freeze the lowest scores; of several fractions, the best on validation (fewest on a tie).
@@ -38,6 +40,8 @@ def one_shot(
         within: budget over all components, or the same share of each matrix kind or layer.
         negative_only: leave out components whose score is not below zero.
         choose: selects a share in a way of its own; ``within`` and ``negative_only`` are then idle.
+        or_nothing: also consider freezing nothing, which a ranking that does not help should lose
+            to.
         batch_size: examples per pass.
 
     Raises:
@@ -46,11 +50,12 @@ def one_shot(
     if not fractions:
         raise ValueError("Give at least one fraction.")
     choose = choose or partial(select, within=within, negative_only=negative_only)
-    sets = [choose(base, fraction) for fraction in sorted(fractions)]
+    sets = {0.0: FrozenSet.from_scores(base, np.array([], dtype=int))} if or_nothing else {}
+    sets |= {fraction: choose(base, fraction) for fraction in sorted(fractions)}
     trace: list[dict[str, Any]] = []
-    for fraction, frozen in zip(sorted(fractions), sets, strict=True):
+    for fraction, frozen in sets.items():
         with freeze(model, frozen):
             found = evaluate(model, validation, batch_size=batch_size, choices=False)
         trace.append(trace_row(len(trace), len(frozen), found, fraction=fraction))
     table = best_step(trace)
-    return SearchResult("one_shot", sets[int(table["chosen"].argmax())], table)
+    return SearchResult("one_shot", list(sets.values())[int(table["chosen"].argmax())], table)

@@ -53,10 +53,13 @@ class Protection:
             batch_size: examples per pass.
 
         Raises:
-            ValueError: a data set with fewer than two examples; a bound or weight below zero.
+            ValueError: no data set, or one with fewer than two examples; a bound or weight below
+                zero.
         """
         if bound < 0 or weight < 0:
             raise ValueError(f"bound={bound}, weight={weight}: neither may be below zero.")
+        if not data:
+            raise ValueError("No data to protect: give at least one data set by name.")
         short = [name for name, rows in data.items() if len(rows) < 2]
         if short:
             raise ValueError(f"{', '.join(short)}: two protected examples at least are needed.")

@@ -11,16 +11,21 @@ from eigenlens.scoring import CRITERIA, Scores, score
 def scores_under(
     model: TransformerBridge, base: Scores, rows: np.ndarray, data: Dataset, batch_size: int
 ) -> Scores:
-    """Scores of all components on ``data`` while ``rows`` of ``base`` are frozen."""
+    """Scores of all components on ``data`` while ``rows`` of ``base`` are frozen.
+
+    What freezing puts in place are the means of ``base``, not those of the edited model, so the
+    scores are derivatives of what the search does. One forward and one backward pass.
+    """
     with freeze(model, FrozenSet.from_scores(base, rows)):
         return score(
             model,
             base.require_spectra(),
             data,
             # An estimate made elsewhere cannot be made again in every step.
-            criterion=base.criterion if base.criterion in CRITERIA else "margin",
+            criterion=base.criterion if base.criterion in CRITERIA else "fisher",
             reference=base.reference,
             z=base.z,
+            means=base,
             batch_size=batch_size,
             progress=False,
         )

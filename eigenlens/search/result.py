@@ -17,6 +17,7 @@ from eigenlens.files import load_table, load_tensors, save_table, save_tensors
 from eigenlens.freezing import FrozenSet
 from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
+from eigenlens.scoring.scores import COMPONENT
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class Checkpoint:
         self._path = Path(path) if path is not None else None
         self._identity = {
             "model": base.provenance.model_fingerprint,
-            "scores": [base.criterion, base.reference, base.provenance.task_hash, len(base)],
+            "scores": [base.criterion, base.reference, base.z, base.provenance.task_hash],
+            "components": text_hash([base.components[COMPONENT].to_csv(index=False)]),
             "data": {name: text_hash(rows.to_list()) for name, rows in data.items()},
             "options": json.loads(json.dumps(options)),
         }
