@@ -84,6 +84,13 @@ def run(
         list[str] | None,
         typer.Option(help="Task that the edit must leave as it is, repeatable."),
     ] = None,
+    protect_bound: Annotated[
+        float | None,
+        typer.Option(help="Nats per answer token that the edit may diverge on these."),
+    ] = None,
+    refine: Annotated[
+        int | None, typer.Option(help="Most doubtful components to measure exactly.")
+    ] = None,
     criterion: Annotated[
         str | None, typer.Option(help="mean, max, ucb, fisher, position_fisher or margin.")
     ] = None,
@@ -115,6 +122,8 @@ def run(
             "search": search,
             "search_args": _pairs(search_arg, "--search-arg") if search_arg else None,
             "protect": {name: {} for name in protect} if protect else None,
+            "protect_bound": protect_bound,
+            "refine": refine,
             "criterion": criterion,
             "reference": reference,
             "batch_size": batch_size,
@@ -123,6 +132,8 @@ def run(
             "device": device,
             "seed": seed,
         }
+        if config is not None and preset is not None:
+            raise ValueError("--config and --preset both say where to start: give one of them.")
         options = {name: value for name, value in given.items() if value is not None}
         if fraction is not None:
             if search not in (None, "one_shot"):
@@ -130,12 +141,15 @@ def run(
             shares = {"fractions": list(_split(fraction, float) or ())}
             options["search"] = "one_shot"
             options["search_args"] = {**shares, **_pairs(search_arg or [], "--search-arg")}
+        base: dict[str, Any] = {}
         if config is not None:
-            settings = pipeline.EigenpruneConfig.from_yaml(config, **options)
+            base = pipeline.EigenpruneConfig.from_yaml(config).model_dump(mode="json")
         elif preset is not None:
-            settings = pipeline.EigenpruneConfig.preset(preset, **options)
-        else:
-            settings = pipeline.EigenpruneConfig.make(**options)
+            base = pipeline.EigenpruneConfig.preset(preset).model_dump(mode="json")
+        if options.get("search") in (None, base.get("search")):  # options of the same search add up
+            args = {**base.get("search_args", {}), **options.get("search_args", {})}
+            options["search_args"] = args
+        settings = pipeline.EigenpruneConfig.make(**(base | options))
         result = pipeline.run(settings, out)
         console.print(_before_and_after(result))
         console.print(f"Run folder: {out}")

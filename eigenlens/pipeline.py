@@ -408,11 +408,15 @@ def _search(
         options["seed"] = config.seed
     if config.protect:
         spared = {
-            name: load_task(name, model.tokenizer, **{"seed": config.seed} | arguments).validation
+            name: load_task(name, model.tokenizer, **{"seed": config.seed} | arguments)
             for name, arguments in config.protect.items()
         }
         options["protect"] = Protection(
-            model, spared, bound=config.protect_bound, batch_size=config.batch_size
+            model,
+            {name: task.validation for name, task in spared.items()},
+            unseen={name: task.test for name, task in spared.items()},
+            bound=config.protect_bound,
+            batch_size=config.batch_size,
         )
     state = stages.out / _STATE if stages.out is not None else None
     return SEARCHES[config.search](

@@ -125,11 +125,13 @@ def learned(
         search = _Search(model, run, validation, attenuate, protect, batch_size)
         search.resume(kept.load())
         bar = tqdm(range(search.done + 1, steps + 1), desc="learned", disable=not progress)
+        losses: list[float] = []
         for step in bar:
-            loss = run.step(step)
+            losses.append(run.step(step))
             if step % every and step != steps:
                 continue
-            found = search.look(step, loss)
+            found = search.look(step, float(np.mean(losses)))
+            losses = []
             kept.save(*search.state())
             bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
             if search.looks_since_best >= patience:

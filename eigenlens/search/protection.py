@@ -1,7 +1,8 @@
 """Data on which an edit must stay close to the unedited model.
 
 Closeness is ``KL(unedited ‖ edited)`` per answer token, in nats. One half of each data set may
-steer a search (as a penalty), the other half decides whether an edit is within the bound.
+steer a search (as a penalty), the other half decides whether an edit is within the bound. What an
+edit costs is reported on examples that did neither, where these are given.
 Memory: the unedited log-probabilities, ``answer tokens × d_vocab`` floats.
 """
 
@@ -23,8 +24,8 @@ from eigenlens.metrics import Metric, answer_logits, kl_to_unedited
 from eigenlens.tasks.batches import Batch, make_batches
 
 
-class _Half(NamedTuple):
-    """Half of one data set: its batches, and their divergence from the unedited model."""
+class _Part(NamedTuple):
+    """Examples of one data set: their batches, and their divergence from the unedited model."""
 
     data: Dataset
     batches: list[Batch]
@@ -39,6 +40,7 @@ class Protection:
         model: TransformerBridge,
         data: Mapping[str, Dataset],
         *,
+        unseen: Mapping[str, Dataset] | None = None,
         bound: float = 0.05,
         weight: float = 10.0,
         batch_size: int = 50,
@@ -48,18 +50,24 @@ class Protection:
         Args:
             model: unedited, in eval mode.
             data: by name: examples with the columns ``prompt`` and ``answer``; two at least.
+            unseen: other examples, by the same names, that searches do not look at: what
+                :meth:`table` is of. By default it is of the half that also decides, which flatters.
             bound: most nats per answer token that an edit may diverge on any data set.
             weight: of the penalty in ``learned``, nats of loss per nat of divergence.
             batch_size: examples per pass.
 
         Raises:
-            ValueError: no data set, or one with fewer than two examples; a bound or weight below
-                zero.
+            ValueError: no data set, or one with fewer than two examples; other names of ``unseen``;
+                a bound or weight below zero.
         """
         if bound < 0 or weight < 0:
             raise ValueError(f"bound={bound}, weight={weight}: neither may be below zero.")
         if not data:
             raise ValueError("No data to protect: give at least one data set by name.")
+        if unseen is not None and set(unseen) != set(data):
+            raise ValueError(
+                f"Protected are {', '.join(data)}, and unseen examples are of {', '.join(unseen)}."
+            )
         short = [name for name, rows in data.items() if len(rows) < 2]
         if short:
             raise ValueError(f"{', '.join(short)}: two protected examples at least are needed.")
@@ -68,16 +76,18 @@ class Protection:
         self.weight = weight
         self._model = model
         self._batch_size = batch_size
-        self._steering = {name: self._half(rows, 0) for name, rows in data.items()}
-        self._checking = {name: self._half(rows, 1) for name, rows in data.items()}
+        self._steering = {name: self._part(_half(rows, 0)) for name, rows in data.items()}
+        self._checking = {name: self._part(_half(rows, 1)) for name, rows in data.items()}
+        self._reported = self._checking
+        if unseen is not None:
+            self._reported = {name: self._part(unseen[name]) for name in data}
         turns = zip_longest(
-            *([(b, half.divergence) for b in half.batches] for half in self._steering.values())
+            *([(b, part.divergence) for b in part.batches] for part in self._steering.values())
         )
         self._turns = [turn for turn in chain.from_iterable(turns) if turn is not None]
 
-    def _half(self, rows: Dataset, which: int) -> _Half:
-        data = rows.select(range(which, len(rows), 2))
-        return _Half(
+    def _part(self, data: Dataset) -> _Part:
+        return _Part(
             data,
             make_batches(data, self._model, self._batch_size),
             kl_to_unedited(self._model, data, self._batch_size),
@@ -91,14 +101,17 @@ class Protection:
 
     def measure(self) -> dict[str, float]:
         """Divergence of the model as it is now on the checking halves, in nats per answer token."""
+        return self._measure(self._checking)
+
+    def _measure(self, parts: Mapping[str, _Part]) -> dict[str, float]:
         found = {}
         with torch.no_grad():
-            for name, half in self._checking.items():
+            for name, part in parts.items():
                 total = sum(
-                    half.divergence(answer_logits(self._model, b).float(), b).sum()
-                    for b in half.batches
+                    part.divergence(answer_logits(self._model, b).float(), b).sum()
+                    for b in part.batches
                 )
-                tokens = sum(b.answer_mask.sum() for b in half.batches)
+                tokens = sum(b.answer_mask.sum() for b in part.batches)
                 found[name] = float(total / tokens)
         return found
 
@@ -107,10 +120,10 @@ class Protection:
         return all(value <= self.bound for value in divergence.values())
 
     def table(self, frozen: FrozenSet) -> pd.DataFrame:
-        """Before and after, on the checking halves: divergence, loss and accuracy."""
+        """Before and after, on the unseen examples: divergence, loss and accuracy."""
         before = self._evaluate()
         with freeze(self._model, frozen):
-            divergence, after = self.measure(), self._evaluate()
+            divergence, after = self._measure(self._reported), self._evaluate()
         return pd.DataFrame(
             {
                 "data": name,
@@ -122,11 +135,16 @@ class Protection:
                 "accuracy_before": before[name].accuracy,
                 "accuracy_after": after[name].accuracy,
             }
-            for name in self._checking
+            for name in self._reported
         )
 
     def _evaluate(self) -> dict[str, Evaluation]:
         return {
-            name: evaluate(self._model, half.data, batch_size=self._batch_size, choices=False)
-            for name, half in self._checking.items()
+            name: evaluate(self._model, part.data, batch_size=self._batch_size, choices=False)
+            for name, part in self._reported.items()
         }
+
+
+def _half(rows: Dataset, which: int) -> Dataset:
+    """Every other example."""
+    return rows.select(range(which, len(rows), 2))
