@@ -1,7 +1,10 @@
 """Estimates of the effect of freezing a component, from the sums of one scoring pass.
 
-``first_order`` is the derivative of the metric along the strength of a freeze. ``fisher`` adds the
-curvature that the empirical Fisher information gives:
+``first_order`` is the derivative of the metric along the strength of a freeze: one forward and one
+backward pass. Its error is of second order in the effect, and for the largest effects as large as
+they are: of the top 0.1 % on SmolLM2's addition half of the signs are wrong.
+
+``fisher`` adds the curvature that the empirical Fisher information gives:
 
     ``ΔL_i ≈ mean_b e_b + ½ mean_b e_b²``  with  ``e_b = Σ_t (ā_t − a_bt) g_bt``
 
@@ -13,10 +16,15 @@ and only near a minimum of the loss: where an answer is wrong, its gradient is l
 straight, and the squared effect is no curvature.
 
 ``position_fisher`` squares the effects of single positions, ``½ mean_b Σ_t e_bt²``: the Fisher
-information of positions that are taken for independent. Same passes.
+information of positions that are taken for independent. Same passes, and where it was measured the
+same errors.
 
 ``margin`` (:func:`eigenlens.scoring.accumulators.margin_effect`) lets freezing move the log-odds of
-each answer linearly and takes the exact log-loss of that. Same passes as ``fisher``.
+each answer linearly and takes the exact log-loss of that. Same passes as ``fisher``. Right for
+wrong answers, where the loss is straight; as wrong as ``first_order`` where log-odds do not move
+linearly, as under massive activations.
+
+Measured errors of all: ``eigenlens experiment estimators``.
 """
 
 import numpy as np
