@@ -310,7 +310,7 @@ def _number(values: pd.Series, form: str = "{:.2f}") -> str:
 
 
 def figure(table: pd.DataFrame) -> go.Figure:
-    """Spearman correlation with exact effects by estimator, a panel for each task."""
+    """Spearman's ρ with exact effects by estimator, a panel for each task."""
     names = [*_CRITERIA, "integrated", "refined", "released code"]
     labels = list(dict.fromkeys(table["label"]))
     figure = make_subplots(
@@ -339,7 +339,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(range=[-1.05, 1.05], title_text="Spearman with exact ΔL")
+    figure.update_xaxes(range=[-1.1, 1.1], tickvals=[-1, 0, 1], title_text="ρ with exact ΔL")
     figure.update_yaxes(autorange="reversed")
     figure.update_yaxes(title_text="estimator", col=1)
     figure.update_layout(
