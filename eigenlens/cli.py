@@ -138,7 +138,7 @@ def run(
         if fraction is not None:
             if search not in (None, "one_shot"):
                 raise ValueError(f"--fraction is for one_shot, not for --search {search}.")
-            shares = {"fractions": list(_split(fraction, float) or ())}
+            shares = {"fractions": list(_split(fraction, float) or ()), "or_nothing": False}
             options["search"] = "one_shot"
             options["search_args"] = {**shares, **_pairs(search_arg or [], "--search-arg")}
         base: dict[str, Any] = {}

@@ -227,12 +227,16 @@ def _dequantise(file: Path, target: Path) -> None:
 
 
 def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a temporary folder, then move it into place: an interrupted run leaves nothing half."""
+    """Fill a temporary folder, then move it into place: an interrupted run leaves nothing half.
+
+    Of two processes at once the first one's folder stays, since somebody may be reading it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         write(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        if not (folder / "config.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

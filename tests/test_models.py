@@ -116,3 +116,22 @@ def test_gguf_is_dequantised_once(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_dequantise", lambda *a: pytest.fail("dequantised again"))
     again = el.load_model(path, device="cpu")
     assert torch.equal(down, again.blocks[0].mlp.out.original_component.weight)
+
+
+def test_of_two_processes_that_dequantise_at_once_the_first_keeps_its_folder(tmp_path, monkeypatch):
+    """The first may be reading what it wrote when the second is done."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, ["<s>", "1", "2", "12", "+", "=", "Ġ"])
+    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path / "cache")
+    dequantise, made = models._dequantise, []
+
+    def slower(file, target):
+        monkeypatch.setattr(models, "_dequantise", dequantise)
+        made.append((first := models._dequantised(file)).stat().st_ino)
+        dequantise(file, target)
+        assert first.stat().st_ino == made[0]
+
+    monkeypatch.setattr(models, "_dequantise", slower)
+    folder = models._dequantised(path)
+    assert [folder.stat().st_ino] == made
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]

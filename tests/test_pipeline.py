@@ -59,7 +59,7 @@ def test_run_folder_and_resumption(config, tmp_path, monkeypatch):
     assert metrics["fingerprints"]["model"] == first.frozen.provenance.model_fingerprint
     assert metrics["search"]["method"] == "one_shot"
     assert metrics["search"]["chosen"]["components"] == len(first.frozen)
-    assert first.search.trace["fraction"].tolist() == FRACTIONS
+    assert first.search.trace["fraction"].tolist() == [0, *FRACTIONS]
 
     (out / "after.parquet").unlink()
     damaged = out / "scores.parquet"
@@ -140,7 +140,7 @@ def test_doubtful_scores_are_exact_where_one_ranking_decides(config):
 
 def test_presets(config):
     paper = el.EigenpruneConfig.preset("paper", model=config.model, task="int_add")
-    assert paper.search_args == {"fractions": [0.01, 0.05, 0.1]}
+    assert paper.search_args == {"fractions": [0.01, 0.05, 0.1], "or_nothing": False}
     assert (paper.criterion, paper.reference) == ("max", "mean")
     for finetune in (False, True):
         code = el.EigenpruneConfig.preset(
@@ -163,7 +163,7 @@ def test_the_fraction_is_chosen_on_validation(config, tiny_folder):
     task = el.load_task("int_add", model.tokenizer, **ARGS)
     result = el.eigenprune(model, task, config, progress=False)
     losses = []
-    for fraction in FRACTIONS:
+    for fraction in (0.0, *FRACTIONS):
         with el.freeze(model, el.select(result.scores, fraction)):
             found = el.evaluate(model, task.validation)
         losses.append((-found.accuracy, found.loss, fraction))
@@ -218,9 +218,33 @@ def test_command_line(config, tmp_path):
     )
     assert again.exit_code == 0, again.output
     changed = yaml.safe_load((tmp_path / "other/config.yaml").read_text())
-    assert changed["search_args"]["fractions"] == [0.2]
+    assert changed["search_args"] == {"fractions": [0.2], "or_nothing": False}
+    both = run_cli(
+        "run", "--config", out / "config.yaml", "--preset", "paper", "--out", tmp_path / "b"
+    )
+    assert both.exit_code == 1
+    assert "give one of them" in both.output
     assert "smollm2-135m" in run_cli("models").output
     assert "int_mult" in run_cli("tasks").output
+
+
+def test_options_of_the_same_search_add_up_and_of_another_do_not(config, tmp_path):
+    """What a file or a preset says stands, unless the command line says otherwise."""
+    file = tmp_path / "base.yaml"
+    chosen = {"search": "guarded", "search_args": {"steps": 2, "step": 3}}
+    file.write_text(el.EigenpruneConfig(**{**config.model_dump(), **chosen}).to_yaml())
+
+    def settings(name, *options):
+        found = run_cli("run", "--config", file, *options, "--out", tmp_path / name)
+        assert found.exit_code == 0, found.output
+        return yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+
+    protect = ["--protect", "int_mult", "--protect-bound", 0.2]
+    same = settings("same", "--search-arg", "step=4", *protect)
+    assert same["search_args"] == {"steps": 2, "step": 4}
+    assert (same["protect"], same["protect_bound"]) == ({"int_mult": {}}, 0.2)
+    other = settings("other", "--search", "iterative", "--search-arg", "steps=1")
+    assert other["search_args"] == {"steps": 1}
 
 
 @pytest.mark.parametrize(
