@@ -1,6 +1,7 @@
 """Studies on a small scale: what is measured is measured, and finished parts are not made again."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -36,7 +37,8 @@ def test_searches_reports_the_test_accuracy_of_the_chosen_set(tmp_path, monkeypa
         methods=("one-shot", "guarded"),
     )
     monkeypatch.setattr(searches, "SETTINGS", (setting,))
-    monkeypatch.setattr(searches, "_STEPS", 3)
+    few = partial(searches._stepwise, el.guarded, step=searches._SHARE, steps=3)
+    monkeypatch.setitem(searches._SEARCHES, "guarded", few)
     found = searches.run(models=("arith-tiny",), parts=tmp_path)
     final = found.table[found.table["step"] == -1].set_index("method")
     assert list(final.index) == ["before", "one-shot", "guarded"]

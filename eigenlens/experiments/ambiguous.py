@@ -3,7 +3,8 @@
 arith-tiny answers ``a ? b =`` half the time with the sum and half with the product. For either
 reading: freeze components that were scored on one part of the ``?`` prompts, choose their number on
 a second, and test on a third that neither saw. What happens to ``+`` and ``x`` is a side effect,
-and random components at the same budget are the control.
+measured on half of their pairs (where they are protected, on the other half), and random components
+at the same budget are the control.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from datasets import Dataset, concatenate_datasets
 from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -40,6 +40,7 @@ QUESTION = "Does freezing uncover a computation that a model has but does not us
 MINUTES = 7
 COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 45, 60, 90, 150, 300)
 READINGS = ("product", "sum")
+_PLAIN = {"low": 0, "high": 20, "n_train": 199, "n_validation": 1, "n_test": 200}
 _COLOURS = {
     "margin, one-shot": BLUE,
     "mean, one-shot": ORANGE,
@@ -60,8 +61,8 @@ def run(split_seeds: tuple[int, ...] = (0, 1, 2), random_seeds: int = 5) -> Expe
     model = load_model("arith-tiny", device="cpu")
     spectra = decompose(model, progress=False)
     plain = {
-        "+": _whole(load_task("int_add", model.tokenizer, low=0, high=20)),
-        "x": _whole(load_task("int_mult", model.tokenizer, low=0, high=20)),
+        "+": load_task("int_add", model.tokenizer, **_PLAIN),
+        "x": load_task("int_mult", model.tokenizer, **_PLAIN),
     }
     rows: list[dict[str, Any]] = []
     for reading in READINGS:
@@ -85,15 +86,11 @@ def _result(
     )
 
 
-def _whole(task: Task) -> Dataset:
-    return concatenate_datasets([task.train, task.validation, task.test])
-
-
 def _one_split(
     model: TransformerBridge,
     spectra: Spectra,
     task: Task,
-    plain: dict[str, Dataset],
+    plain: dict[str, Task],
     random_seeds: int,
 ) -> Iterator[dict[str, Any]]:
     scores = score(model, spectra, task.train, criterion="margin", batch_size=240, progress=False)
@@ -113,7 +110,7 @@ def _one_split(
         found = learned(*data, attenuate=attenuate, progress=False)
         name = f"learned, {'attenuated' if attenuate else 'frozen'}"
         yield from _measure(model, task, plain, name, [found.frozen])
-    protect = Protection(model, {"+": plain["+"], "x": plain["x"]}, bound=0.05)
+    protect = Protection(model, {name: task.train for name, task in plain.items()}, bound=0.05)
     found = learned(*data, protect=protect, progress=False)
     yield from _measure(model, task, plain, "learned, frozen, + and x protected", [found.frozen])
 
@@ -126,7 +123,7 @@ def _random_sets(scores: Scores, seed: int) -> list[FrozenSet]:
 def _measure(
     model: TransformerBridge,
     task: Task,
-    plain: dict[str, Dataset],
+    plain: dict[str, Task],
     method: str,
     sets: list[FrozenSet],
     draw: int = 0,
@@ -140,7 +137,7 @@ def _measure(
                 for name, data in {
                     "validation": task.validation,
                     "test": task.test,
-                    **plain,
+                    **{name: task.test for name, task in plain.items()},
                 }.items()
             }
         found.append((frozen, split))
@@ -179,12 +176,12 @@ def text(table: pd.DataFrame) -> str:
         "arith-tiny knows `a + b =` and `a x b =` and was trained to answer `a ? b =` half the "
         "time with the sum and half with the product. Components were scored on 240 `?` pairs, "
         "their number was chosen on 80, and accuracies are of 80 unseen pairs, added up over "
-        "the splits, with Wilson 95 % intervals. `+` and `x` are over all 400 pairs each, "
-        "which are also the ones that were protected. The "
-        "target of 95 % on both readings is reached by learned gates, frozen and attenuated, "
-        "and by no ranking. Freezing the product's rivals costs `+` two thirds of its answers, "
-        "unless `+` and `x` are protected during the search (to within 0.05 nats per answer "
-        "token): then it costs next to nothing, and the product no accuracy."
+        "the splits, with Wilson 95 % intervals. `+` and `x` are over 200 pairs each; where they "
+        "were protected, 199 others were, and these were not seen. The target of 95 % on both "
+        "readings is reached by learned gates, frozen and attenuated, and by no ranking. Freezing "
+        "the product's rivals costs `+` two thirds of its answers, unless `+` and `x` are "
+        "protected during the search (to within 0.05 nats per answer token): then it costs next "
+        "to nothing, and the product no accuracy."
     )
 
 
