@@ -1,13 +1,12 @@
 """Train a gate per component, and let it become open or shut.
 
 A gate is ``z = sigmoid(β s)``; the vector s is trained by Adam with the model's weights fixed, and
-β grows from 1 to ``sharpness`` over the steps, which drives every gate to 0 or 1 (continuous
-sparsification, Savarese et al. 2020). A price per open gate keeps the set small, and dropping some
-gates in every step keeps it robust. One step is one forward and one backward pass of a minibatch
-(:mod:`eigenlens.gates`).
+β grows from 1 to ``sharpness`` over the steps, which drives every gate to 0 or 1 (other ways to get
+there: :mod:`eigenlens.search.relaxation`). A price per open gate keeps the set small, and dropping
+some gates in every step keeps it robust. One step is one forward and one backward pass of a
+minibatch (:mod:`eigenlens.gates`).
 
-Source of the idea that a gate's gradient is a component's score: this package; of the relaxation:
-arXiv 1912.04427.
+Source of the idea that a gate's gradient is a component's score: this package.
 """
 
 import math
@@ -27,6 +26,7 @@ from eigenlens.freezing import FrozenSet
 from eigenlens.gates import Gates, faster_products
 from eigenlens.scoring import Scores
 from eigenlens.search.protection import Protection
+from eigenlens.search.relaxation import RelaxationName, relaxation
 from eigenlens.search.result import Checkpoint, SearchResult, best_step, trace_row
 from eigenlens.tasks.batches import Batch, make_batches
 
@@ -46,6 +46,7 @@ def learned(
     lr: float = 0.1,
     sparsity: float = 3.0,
     dropout: float = 0.2,
+    relax: RelaxationName = "sharpened",
     sharpness: float | None = None,
     averaging: float = 0.95,
     start: float = 0.05,
@@ -71,7 +72,10 @@ def learned(
         sparsity: price of opening all gates, in nats of training loss.
         dropout: share of the gates that are shut for a step, drawn anew each time. It makes sets
             that do not hang on single components, and these carry over better to unseen examples.
-        sharpness: β at the end; by default 100, and 10 with ``attenuate``, which needs no decision.
+        relax: how gates come to be open or shut: ``sharpened``, ``hard_concrete`` or ``penalised``.
+            The study ``relaxations`` compares them.
+        sharpness: of ``sharpened``, β at the end; by default 100, and 10 with ``attenuate``,
+            which needs no decision.
         averaging: s is averaged over the last steps with this factor (exponentially), which
             evens out the noise of minibatches; 0 takes s as it is.
         start: value of every gate at the beginning, in (0, 1).
@@ -106,6 +110,7 @@ def learned(
         "lr": lr,
         "sparsity": sparsity,
         "dropout": dropout,
+        "relax": relax,
         "sharpness": sharpness,
         "averaging": averaging,
         "start": start,
@@ -166,36 +171,43 @@ class _Training:
         first = math.log(options["start"] / (1 - options["start"]))
         self.s = torch.full_like(gates.z, first).requires_grad_()
         self.mean_s = self.s.detach().clone()
+        self._relaxation = relaxation(options["relax"], options["sharpness"])
         self.adam = torch.optim.Adam([self.s], options["lr"])
 
     def strength(self, step: int) -> Float[Tensor, " component"]:
-        """``sigmoid(β s)`` at a step, of the averaged s."""
-        return torch.sigmoid(self._beta(step) * self.mean_s)
+        """The gates to measure at a step, of the averaged s."""
+        return self._relaxation.strength(self.mean_s, self._done(step))
 
-    def _beta(self, step: int) -> float:
-        return float(self.options["sharpness"] ** (step / self.options["steps"]))
+    def _done(self, step: int) -> float:
+        return step / int(self.options["steps"])
 
     def step(self, step: int) -> float:
         """One optimiser step; returns the mean loss of its minibatch."""
         batch = self._minibatch(step)
+        done, random = self._done(step), self._generator(step)
         with torch.enable_grad():
-            z = torch.sigmoid(self._beta(step) * self.s) * self._kept(step)
+            z = self._kept(random) * self._relaxation.sample(self.s, done, random)
+            price = self._relaxation.price(self.s, z, done).sum()
         self.gates.z = z.detach()
         with faster_products():
             losses, slope = self.gates.gradient(batch)
-            slope = slope / len(batch) + self.options["sparsity"] / len(slope)
+            slope = slope / len(batch)
             if self._protect is not None:
                 slope = slope + self._protect.slope(self.gates, step)
         self.s.grad = None
-        z.backward(slope)
+        each = torch.full_like(price, self.options["sparsity"] / len(slope))
+        torch.autograd.backward([z, price], [slope, each])
         self.adam.param_groups[0]["lr"] = self.options["lr"] * self._decay(step)
         self.adam.step()
         self.mean_s.lerp_(self.s.detach(), 1 - self.options["averaging"])
         return float(losses.mean())
 
-    def _kept(self, step: int) -> Float[Tensor, " component"]:
+    def _generator(self, step: int) -> torch.Generator:
+        """A function of the step alone, as minibatches are."""
+        return torch.Generator().manual_seed(1_000_003 * self.options["seed"] + step)
+
+    def _kept(self, generator: torch.Generator) -> Float[Tensor, " component"]:
         """Ones, and zeros where a gate is shut for this step."""
-        generator = torch.Generator().manual_seed(1_000_003 * self.options["seed"] + step)
         kept = torch.rand(len(self.s), generator=generator) >= self.options["dropout"]
         return kept.to(self.s)
 
