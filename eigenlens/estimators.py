@@ -37,7 +37,7 @@ from eigenlens.scoring.estimators import first_order, fisher
 from eigenlens.tasks.batches import make_batches
 
 # What `eigenlens run` does where it freezes by one ranking.
-REFINED = 300
+REFINED = 600
 REFINED_EXAMPLES = 50
 
 

@@ -8,6 +8,7 @@ from eigenlens.baselines.baseline import Baseline, Search
 from eigenlens.baselines.edits import FrozenEdit
 from eigenlens.baselines.random_basis import random_spectra
 from eigenlens.baselines.ranked import train_scores
+from eigenlens.scoring import Criterion
 from eigenlens.search import learned
 
 Basis = Literal["singular", "random"]
@@ -21,11 +22,13 @@ class Learned(Baseline):
         attenuate: leave gates as they are trained instead of opening or shutting them.
         basis: directions that gates are put on: the ``singular`` ones, or those of a ``random``
             orthogonal basis (:mod:`eigenlens.baselines.random_basis`).
+        criterion: of the scores, which matter only with the option ``spread``.
         options: further arguments of :func:`eigenlens.learned`.
     """
 
     attenuate: bool = False
     basis: Basis = "singular"
+    criterion: Criterion = "mean"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -44,7 +47,7 @@ class Learned(Baseline):
             search.spectra, search.shared = random_spectra(search.spectra, search.seed), {}
         found = learned(
             search.model,
-            train_scores(search, criterion="mean"),
+            train_scores(search, criterion=self.criterion),
             search.task.train,
             search.task.validation,
             attenuate=self.attenuate,

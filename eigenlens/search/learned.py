@@ -50,6 +50,7 @@ def learned(
     sharpness: float | None = None,
     averaging: float = 0.95,
     start: float = 0.05,
+    spread: float = 0.0,
     every: int = 10,
     patience: int = 12,
     protect: Protection | None = None,
@@ -73,12 +74,14 @@ def learned(
         dropout: share of the gates that are shut for a step, drawn anew each time. It makes sets
             that do not hang on single components, and these carry over better to unseen examples.
         relax: how gates come to be open or shut: ``sharpened``, ``hard_concrete`` or ``penalised``.
-            The study ``relaxations`` compares them.
+            The study ``gates`` compares them.
         sharpness: of ``sharpened``, β at the end; by default 100, and 10 with ``attenuate``,
             which needs no decision.
         averaging: s is averaged over the last steps with this factor (exponentially), which
             evens out the noise of minibatches; 0 takes s as it is.
-        start: value of every gate at the beginning, in (0, 1).
+        start: value of a gate at the beginning, in (0, 1).
+        spread: how far scores set gates apart at the beginning: s is higher by this much for the
+            lowest score and lower by as much for the highest, in the order of the scores.
         every: steps between two looks at the validation data.
         patience: looks without improvement after which the search stops.
         protect: data whose divergence from the unedited model is penalised; only steps within its
@@ -98,10 +101,10 @@ def learned(
         raise ValueError(
             f"start={start}, dropout={dropout} and averaging={averaging} are shares below 1."
         )
-    if sharpness < 1 or sparsity < 0 or lr <= 0:
+    if sharpness < 1 or min(sparsity, spread) < 0 or lr <= 0:
         raise ValueError(
-            f"sharpness={sharpness} must be at least 1, sparsity={sparsity} not be negative "
-            f"and lr={lr} be positive."
+            f"sharpness={sharpness} must be at least 1, sparsity={sparsity} and spread={spread} "
+            f"not be negative and lr={lr} be positive."
         )
     options = {
         "method": "learned",
@@ -114,6 +117,7 @@ def learned(
         "sharpness": sharpness,
         "averaging": averaging,
         "start": start,
+        "spread": spread,
         "every": every,
         "patience": patience,
         "bound": protect.bound if protect else None,
@@ -126,7 +130,7 @@ def learned(
         checkpoint, base, {"train": train, "validation": validation, **spared}, options
     )
     with Gates(model, base) as gates:
-        run = _Training(gates, train, options, protect)
+        run = _Training(gates, base, train, options, protect)
         search = _Search(model, run, validation, attenuate, protect, batch_size)
         search.resume(kept.load())
         bar = tqdm(range(search.done + 1, steps + 1), desc="learned", disable=not progress)
@@ -160,6 +164,7 @@ class _Training:
     def __init__(
         self,
         gates: Gates,
+        base: Scores,
         train: Dataset,
         options: dict[str, Any],
         protect: Protection | None,
@@ -169,7 +174,8 @@ class _Training:
         self._train = train
         self._protect = protect
         first = math.log(options["start"] / (1 - options["start"]))
-        self.s = torch.full_like(gates.z, first).requires_grad_()
+        rank = torch.tensor(base.delta_loss).argsort().argsort().to(gates.z) / max(1, len(base) - 1)
+        self.s = (first + options["spread"] * (1 - 2 * rank)).requires_grad_()
         self.mean_s = self.s.detach().clone()
         self._relaxation = relaxation(options["relax"], options["sharpness"])
         self.adam = torch.optim.Adam([self.s], options["lr"])
