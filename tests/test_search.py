@@ -166,6 +166,35 @@ def test_learned_gates_help_and_leave_the_model_as_it_was(arith, attenuate):
     assert after.accuracy > found.trace["validation_accuracy"][0] + 0.2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"relax": "hard_concrete", "dropout": 0.0, "sparsity": 1.0},
+        {"relax": "penalised"},
+        {"spread": 2.0},
+    ],
+)
+def test_other_ways_to_train_gates_help_too(arith, options):
+    model, base, task = arith
+    data = (model, base, task.train, task.validation)
+    found = learned(*data, steps=120, **options, **SMALL)
+    assert (found.frozen.components["strength"] == 1).all()
+    assert found.trace["validation_accuracy"].max() > found.trace["validation_accuracy"][0] + 0.2
+
+
+def test_gates_start_in_the_order_of_the_scores(arith, monkeypatch):
+    """The first look under open gates, before any step of length, shows how they started."""
+    model, base, task = arith
+    shown, show = [], Gates.set
+    monkeypatch.setattr(Gates, "set", lambda self, z: (shown.append(z), show(self, z)))
+    options = {"steps": 1, "lr": 1e-9, "start": 0.2, "spread": 1.0, "sharpness": 1.0}
+    learned(model, base, task.train, task.validation, attenuate=True, **options, **SMALL)
+    z = shown[-1].double().numpy()[np.argsort(base.delta_loss)]
+    assert (np.diff(z) < 0).all()
+    logits = np.log(z / (1 - z))
+    assert logits[[0, -1]] == pytest.approx(np.log(0.25) + np.array([1, -1]), abs=1e-5)
+
+
 def test_one_shot_takes_the_best_fraction(arith):
     model, base, task = arith
     found = one_shot(model, base, task.validation, fractions=(0.5, 0.01))
@@ -283,18 +312,28 @@ def run_search(name, arith, **more):
         return iterative(*data, step=3, steps=4, **SMALL, **more)
     if "guarded" in name:
         return guarded(*data, step=8, steps=3, **SMALL, **more)
+    if "hard" in name:
+        more["relax"] = "hard_concrete"
     return learned(*data, steps=25, every=5, attenuate="attenuated" in name, **SMALL, **more)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["iterative", "guarded", "learned", "attenuated", "protected guarded", "protected learned"],
+    [
+        "iterative",
+        "guarded",
+        "learned",
+        "attenuated",
+        "hard concrete",
+        "protected guarded",
+        "protected learned",
+    ],
 )
 def test_a_killed_search_resumes_to_the_same_result(arith, monkeypatch, tmp_path, name):
     whole = run_search(name, arith)
     looks = 0
     while True:
-        looks += 5 if "guarded" in name else 1  # guarded looks once for every set it tries
+        looks += 9 if "guarded" in name else 1  # guarded looks once for every set it tries
         state = tmp_path / f"{looks}.safetensors"
         with monkeypatch.context() as patch:
             killed_after(patch, looks)

@@ -10,7 +10,7 @@ both and was this project's first.
 """
 
 import math
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ Gate = Float[Tensor, " component"]
 RelaxationName = Literal["sharpened", "hard_concrete", "penalised"]
 
 
+@runtime_checkable
 class Relaxation(Protocol):
     """What :func:`eigenlens.learned` asks of a relaxation."""
 
@@ -93,7 +94,7 @@ class Penalised:
         return z + self._WEIGHT * done * z * (1 - z)
 
 
-def relaxation(name: RelaxationName, sharpness: float) -> Relaxation:
+def relaxation(name: RelaxationName | str, sharpness: float) -> Relaxation:
     """The relaxation of that name; ``sharpness`` is for the first.
 
     Raises:
