@@ -52,7 +52,7 @@ _COLOURS = {
 
 
 def run(split_seeds: tuple[int, ...] = (0, 1, 2), random_seeds: int = 5) -> ExperimentResult:
-    """Run the experiment; about five minutes on two cores.
+    """Run the experiment; about seven minutes on two cores.
 
     Args:
         split_seeds: of the division of ``?`` pairs into train, validation and test.

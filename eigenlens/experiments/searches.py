@@ -40,7 +40,7 @@ from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
 
 QUESTION = "What does each search reach at the same number of passes?"
-MINUTES = 35
+MINUTES = 120
 METHODS = (
     "one-shot",
     "one-shot, refined",
@@ -109,7 +109,7 @@ def run(
     models: tuple[str, ...] = ("arith-tiny", "smollm2-135m"),
     parts: Path | None = None,
 ) -> ExperimentResult:
-    """Run the experiment; about 35 minutes on two cores.
+    """Run the experiment; about two hours on two cores.
 
     Args:
         models: of :data:`SETTINGS`.
