@@ -149,6 +149,8 @@ def run(
         if options.get("search") in (None, base.get("search")):  # options of the same search add up
             args = {**base.get("search_args", {}), **options.get("search_args", {})}
             options["search_args"] = args
+        else:
+            options.setdefault("search_args", {})
         settings = pipeline.EigenpruneConfig.make(**(base | options))
         result = pipeline.run(settings, out)
         console.print(_before_and_after(result))
@@ -217,10 +219,14 @@ def experiment(
         if name not in EXPERIMENTS:
             raise ValueError(f"Unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
         study = EXPERIMENTS[name].run
-        options: dict[str, Any] = {"models": tuple(model)} if model else {}
+        options: dict[str, Any] = {}
         parameters = inspect.signature(study).parameters
         if "parts" in parameters:
             options["parts"] = parts / name
+        if model:
+            if "models" not in parameters:
+                raise ValueError(f"The experiment {name!r} has a model of its own: drop --model.")
+            options["models"] = tuple(model)
         if config is not None:
             if "config" not in parameters:
                 raise ValueError(f"The experiment {name!r} has no configuration file.")

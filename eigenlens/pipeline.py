@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 from transformer_lens.model_bridge import TransformerBridge
@@ -56,8 +57,9 @@ class EigenpruneConfig(BaseModel):
     then lowest loss. ``protect`` names tasks (with their arguments) whose validation split the edit
     must leave as it is, to within ``protect_bound`` nats of divergence per answer token.
     ``refine`` components, those whose scores are least to be trusted, get their exact effect on
-    some training examples instead of the estimate: by default 300 for ``one_shot``, the only search
-    that ranks once and for all, unless the criterion is ``max`` or ``ucb``, which estimate no mean.
+    some training examples instead of the estimate: by default 600 for ``one_shot``, the only search
+    that ranks once and for all, unless the criterion is ``max`` or ``ucb`` or the reference
+    ``resample``, which do not estimate the mean effect of freezing.
 
     Of long prompts, ``n_positions`` of the last positions keep a mean of their own (default: all);
     those before them share one, which bounds memory and the size of the edit.
@@ -87,9 +89,14 @@ class EigenpruneConfig(BaseModel):
     n_positions: int | None = Field(default=None, ge=0)
     seed: int = 0
 
+    @field_validator("search_args")
+    @classmethod
+    def _check_search_args(cls, args: dict[str, Any], info: Any) -> dict[str, Any]:
+        # ``info`` is pydantic's ValidationInfo, a protocol that cannot be checked at run time.
+        return _valid_options(info.data["search"], args) if "search" in info.data else args
+
     @model_validator(mode="after")
     def _check_search(self) -> "EigenpruneConfig":
-        _check_options(self.search, self.search_args)
         if self.protect and "protect" not in inspect.signature(SEARCHES[self.search]).parameters:
             raise ValueError(f"search={self.search!r} cannot protect: use guarded or learned")
         if self.reference_code is not None and self.search != "one_shot":
@@ -162,8 +169,8 @@ _STATE = "search.safetensors"  # of a search that is not done yet
 _GIVEN = {"protect", "choose", "batch_size", "seed", "checkpoint", "progress"}
 
 
-def _check_options(search: str, options: dict[str, Any]) -> None:
-    """Names and types of a search's arguments, before anything expensive starts."""
+def _valid_options(search: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A search's arguments in their types (YAML reads 1e-3 as text); an error names wrong ones."""
     parameters = inspect.signature(SEARCHES[search]).parameters.values()
     own = {
         p.name: (p.annotation, ... if p.default is p.empty else p.default)
@@ -172,9 +179,11 @@ def _check_options(search: str, options: dict[str, Any]) -> None:
     }
     model = create_model(search, __config__=ConfigDict(extra="forbid"), **own)  # type: ignore[call-overload]
     try:
-        model(**options)
+        valid = model(**options)
     except ValidationError as error:
         raise ValueError(f"{problems(error)} (arguments of {search}: {', '.join(own)})") from error
+    found: dict[str, Any] = valid.model_dump(exclude_unset=True)
+    return found
 
 
 @dataclass(frozen=True)
@@ -371,8 +380,8 @@ def _score(
     )
     count = config.refine
     if count is None:
-        ranked_once = config.search == "one_shot" and config.criterion not in ("max", "ucb")
-        count = REFINED if ranked_once else 0
+        of_the_mean = config.criterion not in ("max", "ucb") and config.reference != "resample"
+        count = REFINED if config.search == "one_shot" and of_the_mean else 0
     if count == 0:
         return scores
     examples = task.train.select(range(min(REFINED_EXAMPLES, len(task.train))))

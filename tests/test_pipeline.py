@@ -222,7 +222,7 @@ def test_command_line(config, tmp_path):
     both = run_cli(
         "run", "--config", out / "config.yaml", "--preset", "paper", "--out", tmp_path / "b"
     )
-    assert both.exit_code == 1
+    assert both.exit_code == 2
     assert "give one of them" in both.output
     assert "smollm2-135m" in run_cli("models").output
     assert "int_mult" in run_cli("tasks").output
@@ -243,8 +243,10 @@ def test_options_of_the_same_search_add_up_and_of_another_do_not(config, tmp_pat
     same = settings("same", "--search-arg", "step=4", *protect)
     assert same["search_args"] == {"steps": 2, "step": 4}
     assert (same["protect"], same["protect_bound"]) == ({"int_mult": {}}, 0.2)
-    other = settings("other", "--search", "iterative", "--search-arg", "steps=1")
+    other = settings("other", "--search", "iterative", "--search-arg", "steps=1e0")
     assert other["search_args"] == {"steps": 1}
+    none = settings("none", "--search", "one_shot", "--reference", "resample")
+    assert none["search_args"] == {}
 
 
 @pytest.mark.parametrize(
@@ -310,3 +312,14 @@ def test_bench_writes_its_numbers(config, tmp_path):
     assert numbers["score_to_training_step"] > 0
     assert numbers["components"] == 2 * (4 * 8 + 2 * 8 * 2 + 4 * 8 + 3 * 32)
     assert "peak_memory_mb" in numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("ambiguous", "a model of its own"), ("searches", "of gpt2"), ("gates", "for gpt2")],
+)
+def test_a_study_says_which_models_it_is_not_of(tmp_path, name, message):
+    found = run_cli("experiment", name, "--model", "gpt2", "--parts", tmp_path, "--out", tmp_path)
+    assert found.exit_code == 2
+    assert message in found.output
+    assert not list(tmp_path.glob("*.md"))

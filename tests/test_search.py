@@ -348,6 +348,23 @@ def test_a_killed_search_resumes_to_the_same_result(arith, monkeypatch, tmp_path
     assert looks > 4
 
 
+def test_a_search_that_stopped_early_stays_where_it_stopped(arith, tmp_path):
+    """Killed after its last step, before anyone kept the result: nothing is trained on top."""
+    options = {"patience": 1, "lr": 1e-6, "checkpoint": tmp_path / "state.safetensors"}
+    first, again = (run_search("learned", arith, **options) for _ in range(2))
+    assert first.trace["step"].tolist() == [0, 5]
+    pd.testing.assert_frame_equal(again.trace, first.trace)
+
+
+def test_guarded_goes_on_where_a_step_ran_out_of_trials(arith, monkeypatch):
+    model, base, task = arith
+    monkeypatch.setattr(sys.modules["eigenlens.search.guarded"], "_TRIALS", 1)
+    found = guarded(model, base, task.train, task.validation, step=len(base), steps=4, **SMALL)
+    assert found.trace["components"].tolist()[:2] == [0, 0]
+    assert found.trace["components"].iloc[-1] > 0
+    assert (found.trace["calibration_loss"].diff().dropna() <= 0).all()
+
+
 def test_a_checkpoint_of_other_components_is_refused(arith, tmp_path):
     """W_Q and W_O have as many components, so the numbers of their rows alone say nothing."""
     model, base, task = arith

@@ -113,6 +113,9 @@ def run(
     Args:
         models: of :data:`SETTINGS`.
         parts: folder that keeps finished parts.
+
+    Raises:
+        ValueError: no setting is of these models.
     """
     kept = Parts(parts)
     rows: list[dict[str, Any]] = []
@@ -122,6 +125,8 @@ def run(
             for seed in setting.seeds:
                 key = part_key(name, setting.task, setting.arguments, seed)
                 rows += kept.do(key, partial(_measure, loaded, setting, seed))
+    if not rows:
+        raise ValueError(f"No setting of this study is of {', '.join(models)}.")
     table = pd.DataFrame(rows)
     return ExperimentResult(
         name="estimators",
@@ -266,9 +271,10 @@ def text(table: pd.DataFrame) -> str:
     """What the page says about the table."""
     return (
         "Each estimator against the exact effect of freezing single components (300 of them on "
-        "each split, on 100 training examples, or 240 of arith-tiny; in equal numbers from five "
-        "strata of the absolute first-order score; the top stratum holds the largest 0.1 %, or "
-        "2 components on arith-tiny, whose second stratum is shown instead), and the test "
+        "each split, on 100 training examples, or 240 of arith-tiny; in equal numbers, where there "
+        "are as many, from five strata of the absolute first-order score; the top stratum holds "
+        "the largest 0.1 %; of arith-tiny these are 2 components, so that its second stratum of "
+        "13 is shown instead), and the test "
         "accuracy of freezing its lowest scores in one shot, the share chosen on validation "
         "(Wilson 95 % intervals, added up over splits), where freezing nothing was a choice, "
         "too. Spearman's ρ is given split by split. `sign` is the share of equal signs among "

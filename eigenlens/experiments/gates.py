@@ -30,13 +30,12 @@ def text(table: pd.DataFrame) -> str:
         "number of steps, and of one minibatch each. `sharpened` makes a sigmoid ever steeper, "
         "`penalised` charges gates in the middle, `hard concrete` draws gates at random. The "
         "price of an open gate is the same unless the line says otherwise. `started by scores` "
-        "lets the gates of low `fisher` scores begin more open than others. Examples are those "
-        "that the search ran forward and backward, until it stopped by itself."
+        "lets the gates of low `fisher` scores begin more open than others."
     )
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy, size and cost of every variant."""
+    """Accuracy and size of every variant."""
     found = pooled(own(table))
     return pd.DataFrame(
         {
@@ -45,7 +44,6 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             "test accuracy": found.apply(percent, axis=1),
             "loss (nats)": found["loss"].map("{:.2f}".format),
             "components": found["components"],
-            "examples backward": found["backward_examples"].map("{:,.0f}".format),
         }
     )
 

@@ -108,8 +108,13 @@ def run_grid(config: StudyConfig, parts: Path | None = None) -> pd.DataFrame:
         One row per cell and measured data: ``model, label, seed, method, draw, cell``, then
         ``data`` (empty for the cell's own test split), its ``task``, ``right, n, loss,
         choice_right`` and what the method cost.
+
+    Raises:
+        ValueError: no task of the study is for its models.
     """
     planned = list(cells(config))
+    if not planned:
+        raise ValueError(f"No task of this study is for {', '.join(config.models)}.")
     bench = _Bench(Parts(parts), parts, config.share_scores)
     rows: list[dict[str, Any]] = []
     bar = tqdm(planned, desc="cells", unit="cell")

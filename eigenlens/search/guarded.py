@@ -51,8 +51,8 @@ def guarded(
     the lowest scores that are below zero. If the calibration loss does not fall, the set is halved
     and each half is tried, again and again; a single component that does not help is blamed and
     set aside for good. A step that was kept whole makes the next one twice as large. The search
-    ends when nothing is below zero or a step finds nothing to keep, so the calibration loss never
-    rises. Of the steps kept, the best on validation is returned.
+    ends when nothing is below zero, or nothing that is helps. So the calibration loss never rises.
+    Of the steps kept, the best on validation is returned.
 
     A step costs a forward and a backward pass over the scored examples, and as many looks at the
     calibration examples as sets were tried (32 at most).
@@ -124,7 +124,8 @@ def guarded(
         made = _try(rows, candidates, size, loss, check)
         whole = len(made.accepted) == min(size, len(candidates))
         rows, aside = np.append(rows, made.accepted), np.append(aside, made.blamed)
-        loss, ended = made.loss, not len(made.accepted)
+        loss = made.loss
+        ended = not len(made.accepted) and made.trials < _TRIALS
         size = 2 * size if whole else max(1, len(made.accepted))
         found = look(rows, validation)
         more = {"calibration_loss": loss, "tried": made.trials, "aside": len(aside)}

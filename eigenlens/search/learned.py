@@ -136,6 +136,8 @@ def learned(
         bar = tqdm(range(search.done + 1, steps + 1), desc="learned", disable=not progress)
         losses: list[float] = []
         for step in bar:
+            if search.looks_since_best >= patience:
+                break
             losses.append(run.step(step))
             if step % every and step != steps:
                 continue
@@ -143,8 +145,6 @@ def learned(
             losses = []
             kept.save(*search.state())
             bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
-            if search.looks_since_best >= patience:
-                break
     frozen = gated(base, search.best)
     name = "learned (attenuated)" if attenuate else "learned (frozen)"
     table = best_step(search.trace, "within_bound" if protect else None)

@@ -116,6 +116,7 @@ class Checkpoint:
             "model": base.provenance.model_fingerprint,
             "scores": [base.criterion, base.reference, base.z, base.provenance.task_hash],
             "components": text_hash([base.components[COMPONENT].to_csv(index=False)]),
+            "positions": [base.positions.start, base.positions.stop, base.bucketed],
             "data": {name: text_hash(rows.to_list()) for name, rows in data.items()},
             "options": json.loads(json.dumps(options)),
         }
