@@ -243,8 +243,9 @@ def test_options_of_the_same_search_add_up_and_of_another_do_not(config, tmp_pat
     same = settings("same", "--search-arg", "step=4", *protect)
     assert same["search_args"] == {"steps": 2, "step": 4}
     assert (same["protect"], same["protect_bound"]) == ({"int_mult": {}}, 0.2)
-    other = settings("other", "--search", "iterative", "--search-arg", "steps=1e0")
-    assert other["search_args"] == {"steps": 1}
+    few = ["--search-arg", "steps=1", "--search-arg", "step=1e-2"]
+    other = settings("other", "--search", "iterative", *few)
+    assert other["search_args"] == {"steps": 1, "step": 0.01}
     none = settings("none", "--search", "one_shot", "--reference", "resample")
     assert none["search_args"] == {}
 
