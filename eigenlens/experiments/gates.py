@@ -11,7 +11,7 @@ from eigenlens.experiments.result import ExperimentResult
 from eigenlens.experiments.views import INTERVALS, dots, own, percent, pooled
 
 QUESTION = "Which way to train gates finds the best set?"
-MINUTES = 20
+MINUTES = 6
 
 
 def run(
