@@ -13,7 +13,6 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from datasets import Dataset
 from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
@@ -187,7 +186,6 @@ def _measure(lazy: _Lazy, setting: Setting, seed: int, method: str) -> list[dict
         "mean_strength": float(result.frozen.components["strength"].mean()),
         "passes": _passes(method, result, len(task.train)),
         "seconds": seconds,
-        "threads": torch.get_num_threads(),
         **_test(found),
     }
     return [{**common, **row} for row in [*trace, last]]
@@ -274,7 +272,8 @@ def text(table: pd.DataFrame) -> str:
         f"{_REFINED} most doubtful effects. `iterative` and `guarded` freeze {_SHARE:.1%} in their "
         "first step, `iterative` as many in each; `guarded, longer` has a third more passes. All "
         "budgets and stopping points were chosen on validation, and freezing nothing was a "
-        "choice. Minutes are of the search on so many cores, scoring included, decomposition not."
+        "choice. Minutes are of the search on 2 cores, scoring included, decomposition not, and "
+        "are left out where other work shared the cores."
     )
 
 
@@ -297,6 +296,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "loss (nats)": f"{part['test_loss'].mean():.2f}",
                 "components": " / ".join(f"{share:.2%}" for share in part["share"]),
                 "passes": "" if method == "before" else f"{part['passes'].mean():.0f}",
+                "minutes": _minutes(part["seconds"]),
             }
         )
     order = {name: i for i, name in enumerate(("before", *METHODS))}
@@ -305,6 +305,10 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values(
         ["task", "method"], key=lambda c: c.map(labels if c.name == "task" else order)
     )
+
+
+def _minutes(seconds: pd.Series) -> str:
+    return f"{seconds.mean() / 60:.1f}" if seconds.notna().all() else ""
 
 
 def figure(table: pd.DataFrame) -> go.Figure:
