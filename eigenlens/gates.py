@@ -122,10 +122,13 @@ class _GatedMap:
 
     def attach(self, tracker: PositionTracker) -> Callable[[], None]:
         module = self._matrix.module
+        before = vars(module).get("forward")  # some bridges have set one of their own
         module.forward = partial(self._forward, tracker)
 
         def detach() -> None:
             del module.forward
+            if before is not None:
+                module.forward = before
 
         return detach
 

@@ -69,6 +69,7 @@ def test_gates_do_what_freezing_does(tiny, family, data):
     base = el.score(model, el.decompose(model, progress=False), data, progress=False)
     z = torch.tensor(np.random.default_rng(1).uniform(0, 1, len(base))).round(decimals=1)
     (batch,) = make_batches(data, model, len(data))
+    own = [vars(m.module).get("forward") for m in el.weight_matrices(model)]
     with torch.no_grad():
         before = answer_logits(model, batch)
         with el.freeze(model, gated(base, z)):
@@ -79,6 +80,7 @@ def test_gates_do_what_freezing_does(tiny, family, data):
         after = answer_logits(model, batch)
     torch.testing.assert_close(through_gates, frozen, rtol=1e-9, atol=1e-9)
     assert torch.equal(before, after)
+    assert own == [vars(m.module).get("forward") for m in el.weight_matrices(model)]
     assert (frozen - before).abs().max() > 1e-6
 
 
