@@ -286,8 +286,8 @@ def text(table: pd.DataFrame) -> str:
         "question (the joint path); `refined`, the default of one-shot runs, is `margin` with "
         f"the {REFINED} most doubtful effects (300 on COPA) measured exactly on "
         f"{REFINED_EXAMPLES} of the examples and the estimate as a control variate. The lower "
-        "rows are the paper's released code with all deviations on, and with each taken back alone; it always "
-        "freezes."
+        "rows are the paper's released code with all deviations on, and with each taken back "
+        "alone; it always freezes."
     )
 
 
