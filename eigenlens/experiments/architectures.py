@@ -1,26 +1,16 @@
 """Does it work on other architectures? The same task and methods on several models."""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.experiments.grid import grid_result
-from eigenlens.experiments.result import ExperimentResult
+from eigenlens.experiments.grid import grid_study
 from eigenlens.experiments.views import INTERVALS, changes, dots, own, passes, percent, pooled
 
 QUESTION = "Does eigenpruning work on other architectures?"
 MINUTES = 40
 
 
-def run(
-    models: tuple[str, ...] | None = None,
-    config: Path | None = None,
-    parts: Path | None = None,
-) -> ExperimentResult:
-    """Run ``configs/architectures.yaml``, or ``config``."""
-    return grid_result(sys.modules[__name__], "architectures", models, config, parts)
+run = grid_study(__name__)
 
 
 def text(table: pd.DataFrame) -> str:

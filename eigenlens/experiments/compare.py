@@ -1,26 +1,16 @@
 """Eigenpruning against every baseline, in one harness: accuracy, time, memory, parameters."""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.experiments.grid import grid_result
-from eigenlens.experiments.result import ExperimentResult
+from eigenlens.experiments.grid import grid_study
 from eigenlens.experiments.views import INTERVALS, dots, own, passes, percent, pooled
 
 QUESTION = "How does eigenpruning compare with other ways to change a model, and at what cost?"
 MINUTES = 45
 
 
-def run(
-    models: tuple[str, ...] | None = None,
-    config: Path | None = None,
-    parts: Path | None = None,
-) -> ExperimentResult:
-    """Run ``configs/compare.yaml``, or ``config``."""
-    return grid_result(sys.modules[__name__], "compare", models, config, parts)
+run = grid_study(__name__)
 
 
 def text(table: pd.DataFrame) -> str:

@@ -1,14 +1,10 @@
 """How much to freeze: accuracy over the share of components frozen in one shot."""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.experiments.grid import grid_result
-from eigenlens.experiments.result import ExperimentResult
+from eigenlens.experiments.grid import grid_study
 from eigenlens.experiments.views import INTERVALS, own, percent, pooled
 from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, GREY, ORANGE, TEMPLATE, VERMILION
 
@@ -19,13 +15,7 @@ _COLOURS = {"max": BLUE, "margin": VERMILION, "mean": ORANGE, "random": GREY, "s
 _DASHES = {"random": "dot", "smallest σ": "dash"}
 
 
-def run(
-    models: tuple[str, ...] | None = None,
-    config: Path | None = None,
-    parts: Path | None = None,
-) -> ExperimentResult:
-    """Run ``configs/fraction.yaml``, or ``config``."""
-    return grid_result(sys.modules[__name__], "fraction", models, config, parts)
+run = grid_study(__name__)
 
 
 def text(table: pd.DataFrame) -> str:

@@ -1,26 +1,16 @@
 """How should a gate be trained: by which relaxation, from which start, with how much noise?"""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.experiments.grid import grid_result
-from eigenlens.experiments.result import ExperimentResult
-from eigenlens.experiments.views import INTERVALS, dots, own, percent, pooled
+from eigenlens.experiments.grid import grid_study
+from eigenlens.experiments.views import INTERVALS, variant_dots, variants
 
 QUESTION = "Which way to train gates finds the best set?"
 MINUTES = 6
 
 
-def run(
-    models: tuple[str, ...] | None = None,
-    config: Path | None = None,
-    parts: Path | None = None,
-) -> ExperimentResult:
-    """Run ``configs/gates.yaml``, or ``config``."""
-    return grid_result(sys.modules[__name__], "gates", models, config, parts)
+run = grid_study(__name__)
 
 
 def text(table: pd.DataFrame) -> str:
@@ -36,24 +26,9 @@ def text(table: pd.DataFrame) -> str:
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and size of every variant."""
-    found = pooled(own(table))
-    return pd.DataFrame(
-        {
-            "task": found["label"],
-            "variant": found["method"],
-            "test accuracy": found.apply(percent, axis=1),
-            "loss (nats)": found["loss"].map("{:.2f}".format),
-            "components": found["components"],
-        }
-    )
+    return variants(table)
 
 
 def figure(table: pd.DataFrame) -> go.Figure:
     """A panel per task, a line per variant."""
-    found = pooled(own(table))
-    return dots(
-        found,
-        list(dict.fromkeys(found["label"])),
-        list(dict.fromkeys(found["method"])),
-        left=290,
-    )
+    return variant_dots(table, left=290)

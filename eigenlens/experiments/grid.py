@@ -6,7 +6,8 @@ the edit itself, for what is measured later under it.
 """
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -276,30 +277,37 @@ def _found(found: FitResult, task: Task) -> dict[str, Any]:
     }
 
 
-def grid_result(
-    study: Study,
-    name: str,
-    models: tuple[str, ...] | None,
-    config: Path | None,
-    parts: Path | None,
-) -> ExperimentResult:
-    """Run a study of this kind, from its own file or another one.
+def grid_study(module: str) -> Callable[..., ExperimentResult]:
+    """The ``run`` of a study of this kind, whose module says how to show what was measured.
 
     Args:
-        study: the module that shows what was measured.
-        name: of the study and of its file in ``experiments/configs``.
-        models: in place of the file's.
-        config: YAML file in place of the study's own.
-        parts: folder of this study's parts; cells lie beside it, where all studies find them.
+        module: ``__name__`` of the study; ``configs`` has a file of the same name, with dashes.
     """
-    read = StudyConfig.read(config or CONFIGS / f"{name}.yaml")
-    read = read.of_models(models) if models else read
-    table = run_grid(read, parts.parent / "cells" if parts is not None else None)
-    return ExperimentResult(
-        name=name,
-        table=table,
-        summary=study.summary(table),
-        figure=study.figure(table),
-        settings={"models": ", ".join(read.models), "seeds": ", ".join(map(str, read.seeds))},
-        text=study.text(table),
-    )
+    name = module.rpartition(".")[2].replace("_", "-")
+
+    def run(
+        models: tuple[str, ...] | None = None,
+        config: Path | None = None,
+        parts: Path | None = None,
+    ) -> ExperimentResult:
+        """Run the study's own YAML file, or ``config``.
+
+        Args:
+            models: in place of the file's.
+            config: YAML file in place of the study's own.
+            parts: folder of this study's parts; cells lie beside it, where all studies find them.
+        """
+        study: Study = sys.modules[module]  # whole by the time that it runs
+        read = StudyConfig.read(config or CONFIGS / f"{name}.yaml")
+        read = read.of_models(models) if models else read
+        table = run_grid(read, parts.parent / "cells" if parts is not None else None)
+        return ExperimentResult(
+            name=name,
+            table=table,
+            summary=study.summary(table),
+            figure=study.figure(table),
+            settings={"models": ", ".join(read.models), "seeds": ", ".join(map(str, read.seeds))},
+            text=study.text(table),
+        )
+
+    return run

@@ -1,14 +1,10 @@
 """The paper's failure signatures: do outputs stop depending on the input, do other tasks suffer?"""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.experiments.grid import grid_result
-from eigenlens.experiments.result import ExperimentResult
+from eigenlens.experiments.grid import grid_study
 from eigenlens.plots.style import (
     BLUE,
     FULL_WIDTH,
@@ -28,13 +24,7 @@ _COLOURS = (BLUE, VERMILION, ORANGE, GREEN, PINK, SKY, GREY, "#222222")
 _SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star", "hexagram")
 
 
-def run(
-    models: tuple[str, ...] | None = None,
-    config: Path | None = None,
-    parts: Path | None = None,
-) -> ExperimentResult:
-    """Run ``configs/monitors.yaml``, or ``config``."""
-    return grid_result(sys.modules[__name__], "monitors", models, config, parts)
+run = grid_study(__name__)
 
 
 def text(table: pd.DataFrame) -> str:

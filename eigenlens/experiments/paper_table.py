@@ -1,26 +1,16 @@
 """The paper's table: each task before and after, with controls."""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.experiments.grid import grid_result
-from eigenlens.experiments.result import ExperimentResult
+from eigenlens.experiments.grid import grid_study
 from eigenlens.experiments.views import INTERVALS, changes, dots, own, passes, percent, pooled
 
 QUESTION = "What does eigenpruning do to the paper's tasks, beside random freezing, LASER and LoRA?"
 MINUTES = 60
 
 
-def run(
-    models: tuple[str, ...] | None = None,
-    config: Path | None = None,
-    parts: Path | None = None,
-) -> ExperimentResult:
-    """Run ``configs/paper-table.yaml``, or ``config``."""
-    return grid_result(sys.modules[__name__], "paper-table", models, config, parts)
+run = grid_study(__name__)
 
 
 def text(table: pd.DataFrame) -> str:

@@ -1,15 +1,12 @@
 """Does a mask made for one task serve or harm others?"""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eigenlens.evaluation import wilson_interval
-from eigenlens.experiments.grid import grid_result
-from eigenlens.experiments.result import ExperimentResult, share
+from eigenlens.experiments.grid import grid_study
+from eigenlens.experiments.result import share
 from eigenlens.plots.style import FULL_WIDTH, TEMPLATE
 from eigenlens.plots.transfer import transfer as transfer_figure
 
@@ -18,13 +15,7 @@ MINUTES = 20
 _BEFORE = "(no edit)"
 
 
-def run(
-    models: tuple[str, ...] | None = None,
-    config: Path | None = None,
-    parts: Path | None = None,
-) -> ExperimentResult:
-    """Run ``configs/transfer.yaml``, or ``config``."""
-    return grid_result(sys.modules[__name__], "transfer", models, config, parts)
+run = grid_study(__name__)
 
 
 def text(table: pd.DataFrame) -> str:

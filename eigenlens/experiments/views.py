@@ -85,6 +85,27 @@ def _by_seed(values: pd.Series, column: str) -> str:
     return " / ".join(form.format(value) for value in values)
 
 
+def variants(table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy and size of every variant, for a page."""
+    found = pooled(own(table))
+    return pd.DataFrame(
+        {
+            "task": found["label"],
+            "variant": found["method"],
+            "test accuracy": found.apply(percent, axis=1),
+            "loss (nats)": found["loss"].map("{:.2f}".format),
+            "components": found["components"],
+        }
+    )
+
+
+def variant_dots(table: pd.DataFrame, left: int = 220) -> go.Figure:
+    """A panel per task, a line per variant, in the order of the table."""
+    found = pooled(own(table))
+    panels, rows = (list(dict.fromkeys(found[column])) for column in ("label", "method"))
+    return dots(found, panels, rows, left=left)
+
+
 def changes(table: pd.DataFrame, base: str = "before") -> pd.DataFrame:
     """Examples gained and lost against ``base``, and McNemar's exact p, per cell of the table."""
     rows = []
