@@ -213,8 +213,8 @@ def experiment(
 ) -> None:
     """Run a study: writes a table, a page and a figure."""
     with _clear_errors():
-        from eigenlens.experiments import EXPERIMENTS
-        from eigenlens.experiments.figures import write_index
+        from eigenlens.paper.studies import EXPERIMENTS
+        from eigenlens.paper.studies.figures import write_index
 
         if name not in EXPERIMENTS:
             raise ValueError(f"Unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
@@ -268,7 +268,7 @@ def figures(
 ) -> None:
     """Draw the figures of the studies again from their stored tables."""
     with _clear_errors():
-        from eigenlens.experiments.figures import redraw
+        from eigenlens.paper.studies.figures import redraw
         from eigenlens.plots.export import FORMATS
 
         for result in redraw(out, names or (), formats or FORMATS):

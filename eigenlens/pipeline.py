@@ -28,19 +28,19 @@ from pydantic import (
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.errors import problems
-from eigenlens.estimators import REFINED, REFINED_EXAMPLES, refined
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
 from eigenlens.files import FileFormatError, read_yaml, write_json, write_text
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.models import load_model
-from eigenlens.plots import search_trace, spectrum
-from eigenlens.provenance import Provenance, versions
-from eigenlens.reference_code import (
+from eigenlens.paper.released_code import (
     ReferenceCode,
     finetuned,
     score_like_reference,
     select_like_reference,
 )
+from eigenlens.plots import search_trace, spectrum
+from eigenlens.provenance import Provenance, versions
+from eigenlens.refinement import REFINED, REFINED_EXAMPLES, refined
 from eigenlens.scoring import Criterion, Reference, Scores, score
 from eigenlens.search import SEARCHES, Protection, SearchResult
 from eigenlens.spectra import Spectra, decompose

@@ -71,7 +71,7 @@ agreement(scores.delta_loss[rows], exact, strata)
 
 # %% [markdown]
 # Most estimates lie on the diagonal. The two largest have the wrong sign: a derivative says little
-# about a component that does a lot. `eigenlens.estimators.refined` measures such components.
+# about a component that does a lot. `eigenlens.refinement.refined` measures such components.
 #
 # ## Criteria
 #

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pandas as pd
 
-import eigenlens as el
 from eigenlens.evaluation import wilson_interval
+from eigenlens.paper import plots as paper_plots
 
 figures = Path("../figures")
 stored = {path.stem: pd.read_parquet(path) for path in sorted(figures.glob("*.parquet"))}
@@ -75,13 +75,13 @@ list(summaries)
 # %%
 searches = summaries["searches"]
 addition = searches.query("model == 'smollm2-135m' and label == 'a + b, 10 … 29'")
-el.plots.methods(addition)
+paper_plots.methods(addition)
 
 # %% [markdown]
 # And `arith-tiny`'s torn operator, read as a product:
 
 # %%
-el.plots.methods(searches.query("label == '? as product'"))
+paper_plots.methods(searches.query("label == '? as product'"))
 
 # %% [markdown]
 # ## Every study that compares methods
@@ -122,4 +122,4 @@ for reading in ("product", "sum"):
             }
             for method in chosen
         ]
-el.plots.transfer(pd.DataFrame(changes))
+paper_plots.transfer(pd.DataFrame(changes))

@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 with install_import_hook("eigenlens", "beartype.beartype"):
     import eigenlens
     import eigenlens.cli
-    import eigenlens.scoring.reference
+    import eigenlens.scoring.by_cache
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ from tiny_models import EQUAL, FAMILIES, MIXED, write_tiny_model
 import eigenlens as el
 from eigenlens.circuits.norms import final_gain, gain_after, gain_before
 from eigenlens.files import FileFormatError
-from eigenlens.scoring.reference import _differentiate_from_here
+from eigenlens.scoring.by_cache import _differentiate_from_here
 from eigenlens.scoring.scores import COMPONENT
 from eigenlens.spectra import Spectra
 

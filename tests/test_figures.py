@@ -11,8 +11,8 @@ from browser import faults_of_text, visit
 from typer.testing import CliRunner
 
 from eigenlens.cli import app
-from eigenlens.experiments import EXPERIMENTS
-from eigenlens.experiments.figures import redraw, stored, write_index
+from eigenlens.paper.studies import EXPERIMENTS
+from eigenlens.paper.studies.figures import redraw, stored, write_index
 from eigenlens.plots import export
 from eigenlens.plots.export import StaticExportError, find_browser
 from eigenlens.plots.style import COLUMN_WIDTH, FULL_WIDTH

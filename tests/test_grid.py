@@ -12,13 +12,13 @@ from tiny_models import EQUAL
 import eigenlens as el
 from eigenlens import baselines as bl
 from eigenlens.baselines.baseline import Baseline
-from eigenlens.experiments import EXPERIMENTS
-from eigenlens.experiments.config import CONFIGS, StudyConfig
-from eigenlens.experiments.grid import cells, run_grid
-from eigenlens.experiments.views import changes, pooled
 from eigenlens.files import FileFormatError, load_table, save_table
 from eigenlens.metrics import answer_logits
 from eigenlens.monitors import output_statistics
+from eigenlens.paper.studies import EXPERIMENTS
+from eigenlens.paper.studies.config import CONFIGS, StudyConfig
+from eigenlens.paper.studies.grid import cells, run_grid
+from eigenlens.paper.studies.views import changes, pooled
 from eigenlens.tasks import make_batches
 
 SIZES = {"n_train": 40, "n_validation": 20, "n_test": 20}

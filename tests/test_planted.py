@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 import eigenlens as el
-from eigenlens.experiments import planted as experiment
-from eigenlens.experiments.planted import STRENGTHS, Setting, _one_model, _place, planted
+from eigenlens.paper.studies import planted as experiment
+from eigenlens.paper.studies.planted import STRENGTHS, Setting, _one_model, _place, planted
 
 
 def test_a_path_is_added_and_taken_out_exactly(tiny):

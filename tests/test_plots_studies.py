@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import eigenlens as el
+from eigenlens.paper import plots as paper_plots
 from eigenlens.plots.style import log_ticks
 
 METHODS = pd.DataFrame(
@@ -29,7 +29,7 @@ PAIRS = pd.DataFrame(
 
 
 def test_methods_have_accuracies_with_intervals_and_costs():
-    figure = el.plots.methods(METHODS)
+    figure = paper_plots.methods(METHODS)
     accuracy, seconds, no_seconds, parameters, no_parameters = figure.data
     np.testing.assert_allclose(accuracy.x, METHODS["accuracy"])
     np.testing.assert_allclose(accuracy.x + accuracy.error_x.array, METHODS["high"])
@@ -50,15 +50,15 @@ def test_methods_have_accuracies_with_intervals_and_costs():
 
 def test_methods_refuse_what_they_cannot_show():
     with pytest.raises(ValueError, match="lacks the columns low, parameters"):
-        el.plots.methods(METHODS.drop(columns=["low", "parameters"]))
+        paper_plots.methods(METHODS.drop(columns=["low", "parameters"]))
     with pytest.raises(ValueError, match="'before' comes twice"):
-        el.plots.methods(pd.concat([METHODS, METHODS.head(1)]))
+        paper_plots.methods(pd.concat([METHODS, METHODS.head(1)]))
     with pytest.raises(ValueError, match="no rows"):
-        el.plots.methods(METHODS.head(0))
+        paper_plots.methods(METHODS.head(0))
 
 
 def test_transfer_has_a_cell_per_pair_in_points():
-    (heat,) = el.plots.transfer(PAIRS).data
+    (heat,) = paper_plots.transfer(PAIRS).data
     assert list(heat.y) == ["+", "x"]
     assert list(heat.x) == ["+", "x"]
     np.testing.assert_allclose(heat.z, [[85.3, -4.0], [np.nan, 14.0]])
@@ -66,17 +66,17 @@ def test_transfer_has_a_cell_per_pair_in_points():
     assert heat.text[0][1] == "−4.0<br>(−10.0 … +2.0)"
     assert heat.text[1][1] == "+14.0"
     assert heat.text[1][0] == ""
-    (plain,) = el.plots.transfer(PAIRS[["learned_on", "tested_on", "change"]]).data
+    (plain,) = paper_plots.transfer(PAIRS[["learned_on", "tested_on", "change"]]).data
     assert plain.text[0][0] == "+85.3"
 
 
 def test_transfer_refuses_what_it_cannot_show():
     with pytest.raises(ValueError, match="lacks the columns change"):
-        el.plots.transfer(PAIRS.drop(columns="change"))
+        paper_plots.transfer(PAIRS.drop(columns="change"))
     with pytest.raises(ValueError, match="comes twice"):
-        el.plots.transfer(pd.concat([PAIRS, PAIRS]))
+        paper_plots.transfer(pd.concat([PAIRS, PAIRS]))
     with pytest.raises(ValueError, match="no rows"):
-        el.plots.transfer(PAIRS.head(0))
+        paper_plots.transfer(PAIRS.head(0))
 
 
 def test_logarithmic_axes_have_legible_ticks():

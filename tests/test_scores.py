@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 import eigenlens as el
 from eigenlens.metrics import answer_logits, answer_loss, kl_to_unedited, logit_diff
 from eigenlens.scoring.accumulators import CrossMoments, EffectMoments
-from eigenlens.scoring.reference import effects_by_cache
+from eigenlens.scoring.by_cache import effects_by_cache
 from eigenlens.scoring.scorer import (
     forward_backward,
     position_range,

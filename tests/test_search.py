@@ -15,8 +15,8 @@ import eigenlens as el
 from eigenlens.gates import Gates
 from eigenlens.metrics import answer_logits, answer_loss
 from eigenlens.search import Protection, guarded, iterative, learned, one_shot
-from eigenlens.search.guarded import _hold_out, _try
-from eigenlens.search.learned import gated
+from eigenlens.search.checked_steps import _hold_out, _try
+from eigenlens.search.gate_training import gated
 from eigenlens.search.ranking import scores_under
 from eigenlens.tasks import make_batches
 
@@ -360,7 +360,7 @@ def test_a_search_that_stopped_early_stays_where_it_stopped(arith, tmp_path):
 
 def test_guarded_goes_on_where_a_step_ran_out_of_trials(arith, monkeypatch):
     model, base, task = arith
-    monkeypatch.setattr(sys.modules["eigenlens.search.guarded"], "_TRIALS", 1)
+    monkeypatch.setattr(sys.modules["eigenlens.search.checked_steps"], "_TRIALS", 1)
     found = guarded(model, base, task.train, task.validation, step=len(base), steps=4, **SMALL)
     assert found.trace["components"].tolist()[:2] == [0, 0]
     assert found.trace["components"].iloc[-1] > 0

@@ -2,16 +2,14 @@
 
 from eigenlens.plots.activations import activation_change
 from eigenlens.plots.attention import attention_change, attention_heads
-from eigenlens.plots.circuit import circuit
 from eigenlens.plots.cuts import path_cuts
 from eigenlens.plots.examples import example_losses
 from eigenlens.plots.faithfulness import exact_against_estimate, faithfulness
-from eigenlens.plots.methods import methods
-from eigenlens.plots.pruned_map import pruned_map
+from eigenlens.plots.graphs import circuit
+from eigenlens.plots.maps import pruned_map
 from eigenlens.plots.search import search_trace
-from eigenlens.plots.singular_values import singular_values
+from eigenlens.plots.sigma import singular_values
 from eigenlens.plots.spectra import spectrum
-from eigenlens.plots.transfer import transfer
 
 __all__ = [
     "activation_change",
@@ -21,11 +19,9 @@ __all__ = [
     "exact_against_estimate",
     "example_losses",
     "faithfulness",
-    "methods",
     "path_cuts",
     "pruned_map",
     "search_trace",
     "singular_values",
     "spectrum",
-    "transfer",
 ]

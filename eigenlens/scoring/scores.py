@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from eigenlens.files import FileFormatError, load_table, save_table
 from eigenlens.provenance import Provenance
-from eigenlens.scoring.estimators import first_order, fisher, position_fisher
+from eigenlens.scoring.criteria import first_order, fisher, position_fisher
 from eigenlens.spectra import Spectra
 
 Criterion = Literal["mean", "max", "ucb", "fisher", "position_fisher", "margin"]
@@ -38,7 +38,7 @@ class Scores:
         criterion: what ``delta_loss`` is: ``mean`` effect, ``max`` (worst single effect),
             ``ucb`` (mean + z · std), ``fisher`` (mean + ½ mean square), ``position_fisher`` (the
             same with squares of single positions), ``margin`` (the mean change of the loss if
-            log-odds move linearly), or the name of the estimate (:mod:`eigenlens.estimators`).
+            log-odds move linearly), or the name of the estimate (:mod:`eigenlens.refinement`).
         reference: the value that freezing puts in place: per-position mean, zero, or resample.
         n_examples: examples scored.
         provenance: model, task, seed and versions.

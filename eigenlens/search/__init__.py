@@ -8,12 +8,12 @@ stopping point on validation data, and returns a :class:`SearchResult` with a tr
 
 from collections.abc import Callable
 
-from eigenlens.search.guarded import guarded
-from eigenlens.search.iterative import iterative
-from eigenlens.search.learned import learned
-from eigenlens.search.one_shot import one_shot
+from eigenlens.search.checked_steps import guarded
+from eigenlens.search.gate_training import learned
 from eigenlens.search.protection import Protection
+from eigenlens.search.rescored_steps import iterative
 from eigenlens.search.result import SearchResult, better
+from eigenlens.search.single_ranking import one_shot
 
 SEARCHES: dict[str, Callable[..., SearchResult]] = {
     "one_shot": one_shot,

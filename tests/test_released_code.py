@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tiny_models import EQUAL, FAMILIES
 
 import eigenlens as el
-from eigenlens.reference_code import (
+from eigenlens.paper.released_code import (
     ReferenceCode,
     finetuned,
     raw_input_hook,

@@ -4,8 +4,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.experiments.grid import grid_study
-from eigenlens.experiments.views import INTERVALS, own, percent, pooled
+from eigenlens.paper.studies.grid import grid_study
+from eigenlens.paper.studies.views import INTERVALS, own, percent, pooled
 from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, GREY, ORANGE, TEMPLATE, VERMILION
 
 QUESTION = "How much of a model may be frozen in one shot, by which ranking?"

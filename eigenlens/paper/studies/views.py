@@ -1,4 +1,4 @@
-"""Tables and figures of studies that :mod:`eigenlens.experiments.grid` runs."""
+"""Tables and figures of studies that :mod:`eigenlens.paper.studies.grid` runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eigenlens.evaluation import mcnemar, wilson_interval
-from eigenlens.experiments.result import share
+from eigenlens.paper.studies.result import share
 from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, ORANGE, TEMPLATE, one_legend_entry_each
 
 _CELL = ["model", "label", "method"]

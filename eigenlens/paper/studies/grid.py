@@ -19,12 +19,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines import Edit, FitResult, FrozenEdit, load_edit, measure
 from eigenlens.evaluation import Evaluation, majority_accuracy, perplexity
-from eigenlens.experiments.config import CONFIGS, Data, Method, Setting, StudyConfig
-from eigenlens.experiments.result import ExperimentResult, Parts
-from eigenlens.experiments.study import Study
 from eigenlens.freezing import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.monitors import output_statistics
+from eigenlens.paper.studies.config import CONFIGS, Data, Method, Setting, StudyConfig
+from eigenlens.paper.studies.result import ExperimentResult, Parts
+from eigenlens.paper.studies.study import Study
 from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
 from eigenlens.spectra import Spectra, decompose

@@ -1,7 +1,7 @@
 """Estimates that take more passes than one scoring run.
 
 ``first_order``, ``fisher``, ``position_fisher`` and ``margin`` come out of one run
-(:mod:`eigenlens.scoring.estimators`). Here:
+(:mod:`eigenlens.scoring.criteria`). Here:
 
 - ``integrated``: the gradient by every strength, averaged along the joint path on which all
   components are frozen together. Complete: the estimates add up to
@@ -33,7 +33,7 @@ from eigenlens.gates import Gates
 from eigenlens.metrics import Metric, answer_loss
 from eigenlens.scoring import Scores
 from eigenlens.scoring.accumulators import margin_effect
-from eigenlens.scoring.estimators import first_order, fisher
+from eigenlens.scoring.criteria import first_order, fisher
 from eigenlens.tasks.batches import make_batches
 
 # What `eigenlens run` does where it freezes by one ranking.

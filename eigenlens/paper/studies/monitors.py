@@ -4,7 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.experiments.grid import grid_study
+from eigenlens.paper.studies.grid import grid_study
 from eigenlens.plots.style import (
     BLUE,
     FULL_WIDTH,

@@ -17,11 +17,10 @@ from datasets import Dataset
 from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.estimators import REFINED_EXAMPLES, refined
 from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
-from eigenlens.experiments.result import ExperimentResult, Parts, part_key, share
 from eigenlens.freezing import freeze
 from eigenlens.models import load_model
+from eigenlens.paper.studies.result import ExperimentResult, Parts, part_key, share
 from eigenlens.plots.style import (
     BLUE,
     FULL_WIDTH,
@@ -34,6 +33,7 @@ from eigenlens.plots.style import (
     VERMILION,
     one_legend_entry_each,
 )
+from eigenlens.refinement import REFINED_EXAMPLES, refined
 from eigenlens.scoring import Scores, score
 from eigenlens.search import SearchResult, guarded, iterative, learned, one_shot
 from eigenlens.spectra import Spectra, decompose

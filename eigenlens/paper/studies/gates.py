@@ -3,8 +3,8 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.experiments.grid import grid_study
-from eigenlens.experiments.views import INTERVALS, variant_dots, variants
+from eigenlens.paper.studies.grid import grid_study
+from eigenlens.paper.studies.views import INTERVALS, variant_dots, variants
 
 QUESTION = "Which way to train gates finds the best set?"
 MINUTES = 6

@@ -18,8 +18,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.circuits import Circuit, circuit, cut_paths
 from eigenlens.circuits.nodes import EMBED
-from eigenlens.experiments.result import ExperimentResult
 from eigenlens.models import load_model
+from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, TEMPLATE, VERMILION
 from eigenlens.scoring import Scores, score
 from eigenlens.selection import select

@@ -1,6 +1,6 @@
 """What a study of methods runs: models, tasks, methods and seeds, from a YAML file.
 
-The files that ship with the package are in ``experiments/configs``; ``eigenlens experiment NAME
+The files that ship with the package are in ``studies/configs``; ``eigenlens experiment NAME
 --config FILE`` runs another one.
 """
 

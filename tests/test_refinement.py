@@ -6,10 +6,10 @@ import scipy.stats
 from tiny_models import EQUAL, MIXED
 
 import eigenlens as el
-from eigenlens.estimators import integrated, refined, single_effects
 from eigenlens.exact import exact_effects
 from eigenlens.freezing import FrozenSet
-from eigenlens.scoring.reference import effects_by_cache
+from eigenlens.refinement import integrated, refined, single_effects
+from eigenlens.scoring.by_cache import effects_by_cache
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])

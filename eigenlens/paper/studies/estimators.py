@@ -16,20 +16,20 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.estimators import REFINED, REFINED_EXAMPLES, integrated, refined
 from eigenlens.evaluation import evaluate, wilson_interval
 from eigenlens.exact import exact_effects
-from eigenlens.experiments.result import ExperimentResult, Parts, part_key, share
 from eigenlens.faithfulness import agreement, stratified_sample, top_k
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.models import load_model
-from eigenlens.plots.style import BLUE, FULL_WIDTH, ORANGE, TEMPLATE
-from eigenlens.reference_code import (
+from eigenlens.paper.released_code import (
     ReferenceCode,
     finetuned,
     score_like_reference,
     select_like_reference,
 )
+from eigenlens.paper.studies.result import ExperimentResult, Parts, part_key, share
+from eigenlens.plots.style import BLUE, FULL_WIDTH, ORANGE, TEMPLATE
+from eigenlens.refinement import REFINED, REFINED_EXAMPLES, integrated, refined
 from eigenlens.scoring import Scores, score
 from eigenlens.search import one_shot
 from eigenlens.spectra import Spectra, decompose

@@ -3,8 +3,8 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.experiments.grid import grid_study
-from eigenlens.experiments.views import INTERVALS, changes, dots, own, passes, percent, pooled
+from eigenlens.paper.studies.grid import grid_study
+from eigenlens.paper.studies.views import INTERVALS, changes, dots, own, passes, percent, pooled
 
 QUESTION = "Does eigenpruning work on other architectures?"
 MINUTES = 40

@@ -17,9 +17,9 @@ from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
-from eigenlens.experiments.result import ExperimentResult, share
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.models import load_model
+from eigenlens.paper.studies.result import ExperimentResult, share
 from eigenlens.plots.style import (
     BLUE,
     FULL_WIDTH,

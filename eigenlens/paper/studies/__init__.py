@@ -1,6 +1,6 @@
 """The studies: each returns a table, a summary and a figure. One file each."""
 
-from eigenlens.experiments import (
+from eigenlens.paper.studies import (
     ablations,
     ambiguous,
     architectures,
@@ -15,8 +15,8 @@ from eigenlens.experiments import (
     suppressed,
     transfer,
 )
-from eigenlens.experiments.result import ExperimentResult
-from eigenlens.experiments.study import Study
+from eigenlens.paper.studies.result import ExperimentResult
+from eigenlens.paper.studies.study import Study
 
 EXPERIMENTS: dict[str, Study] = {
     "ambiguous": ambiguous,

@@ -28,10 +28,10 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import evaluate
-from eigenlens.experiments.result import ExperimentResult
 from eigenlens.freezing import FrozenSet, freeze
 from eigenlens.matrices import WeightMatrix, split_heads
 from eigenlens.models import load_model
+from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.plots.style import BLUE, FULL_WIDTH, SKY, TEMPLATE, VERMILION
 from eigenlens.provenance import Provenance
 from eigenlens.scoring import Scores, score

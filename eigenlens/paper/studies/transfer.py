@@ -5,10 +5,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eigenlens.evaluation import wilson_interval
-from eigenlens.experiments.grid import grid_study
-from eigenlens.experiments.result import share
+from eigenlens.paper.plots.transfer_grid import transfer as transfer_figure
+from eigenlens.paper.studies.grid import grid_study
+from eigenlens.paper.studies.result import share
 from eigenlens.plots.style import FULL_WIDTH, TEMPLATE
-from eigenlens.plots.transfer import transfer as transfer_figure
 
 QUESTION = "Does a mask made for one task serve or harm others?"
 MINUTES = 20

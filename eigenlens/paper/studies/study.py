@@ -6,7 +6,7 @@ from typing import Protocol
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.experiments.result import ExperimentResult
+from eigenlens.paper.studies.result import ExperimentResult
 
 
 class Study(Protocol):

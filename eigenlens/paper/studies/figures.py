@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from eigenlens.experiments import EXPERIMENTS
-from eigenlens.experiments.result import ExperimentResult
 from eigenlens.files import load_table, write_text
+from eigenlens.paper.studies import EXPERIMENTS
+from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.plots.export import FORMATS, export
 
 

@@ -3,8 +3,8 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.experiments.grid import grid_study
-from eigenlens.experiments.views import INTERVALS, dots, own, passes, percent, pooled
+from eigenlens.paper.studies.grid import grid_study
+from eigenlens.paper.studies.views import INTERVALS, dots, own, passes, percent, pooled
 
 QUESTION = "How does eigenpruning compare with other ways to change a model, and at what cost?"
 MINUTES = 45
