@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.files import FileFormatError, load_tensors, save_tensors
-from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import WeightMatrix, weight_matrices
 from eigenlens.metrics import answer_logits, check_eval_mode, precise
 from eigenlens.provenance import Provenance, text_hash

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.costs import peak_memory
+from eigenlens.decomposition import decompose
 from eigenlens.gates import Gates, faster_products
 from eigenlens.metrics import answer_logits
 from eigenlens.provenance import versions
 from eigenlens.scoring import score
-from eigenlens.spectra import decompose
 from eigenlens.tasks import Batch, Task, make_batches
 
 

@@ -6,22 +6,22 @@ then repeated, and in every copy another component of that layer is frozen.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.freezing import flat_directions
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.scoring import Scores
-from eigenlens.spectra import Spectrum
+from eigenlens.spectra import Spectrum, freeze_coordinates
 from eigenlens.tasks.batches import Batch, make_batches
 
 _MOST_ROWS = 400  # rows of a pass: more do not make a processor faster, and take memory
@@ -56,7 +56,7 @@ def exact_effects(
         ValueError: a model in training mode; scores without directions.
     """
     check_eval_mode(model)
-    scores.require_spectra()
+    scores = replace(scores, spectra=scores.require_spectra().on(model))
     rows = np.asarray(rows)
     batches = make_batches(data, model, batch_size)
     effects = np.empty((len(rows), len(data)))
@@ -101,10 +101,7 @@ class _Copies:
             copies = np.flatnonzero(kinds == kind)
             spectrum = scores.require_spectra()[f"blocks.{layer}.{kind}"]
             edit = _Edit(spectrum, scores, rows[copies], copies, self._n, batch, strength)
-            self._edits += [
-                (spectrum.matrix.hook_in, edit.keep),
-                (spectrum.matrix.hook_out, edit.correct),
-            ]
+            self._edits.append((spectrum.site.hook, edit))
 
     def logits(self) -> Float[Tensor, "copy batch answer d_vocab"]:
         """Logits at the answer positions of every copy."""
@@ -143,7 +140,7 @@ class _Copies:
 
 
 class _Edit:
-    """Freezes component k of one matrix in copy k."""
+    """Freezes component k of one matrix in copy k: copies take the place of heads."""
 
     def __init__(
         self,
@@ -156,26 +153,22 @@ class _Edit:
         strength: float,
     ) -> None:
         chosen = scores.components.iloc[rows]
-        self._reads, self._writes = flat_directions(
-            spectrum, chosen["head"].to_numpy(), chosen["index"].to_numpy()
+        flat = spectrum.subset(chosen["head"].to_numpy(), chosen["index"].to_numpy())
+        assert flat.read is not None and flat.write is not None
+        self._own = replace(
+            flat,
+            read=rearrange(flat.read, "1 width k -> k width 1"),
+            write=rearrange(flat.write, "1 k width -> k 1 width"),
         )
-        self._mean = torch.tensor(scores.means_at(batch.positions, rows)).to(self._reads)
-        self._copies = torch.tensor(copies, device=self._reads.device)
+        mean = torch.tensor(scores.means[rows].at(batch.positions)).to(flat.write)
+        self._mean = rearrange(mean, "k pos -> pos k 1")
+        self._copies = torch.tensor(copies, device=flat.write.device)
         self._n = n_copies
         self._strength = strength
-        self._x: Tensor | None = None
 
-    def keep(self, value: Tensor, hook: Any) -> None:
-        self._x = value
-
-    def correct(self, value: Tensor, hook: Any) -> Tensor:
-        assert self._x is not None
-        x = rearrange(self._x.flatten(2), "(copy b) pos d -> copy b pos d", copy=self._n)
-        self._x = None
-        own = x[self._copies].to(self._reads.dtype)
-        a = einsum(own, self._reads, "k b pos d, d k -> k b pos")
-        change = self._strength * (self._mean[:, None] - a)
-        added = einsum(change, self._writes, "k b pos, k d -> k b pos d").to(value.dtype)
-        out = rearrange(value.flatten(2), "(copy b) pos d -> copy b pos d", copy=self._n).clone()
-        out[self._copies] += added
-        return rearrange(out, "copy b pos d -> (copy b) pos d").view_as(value)
+    def __call__(self, value: Tensor, hook: Any) -> Tensor:
+        h = self._own.site.split(value, len(self._mean))
+        h = rearrange(h, "(copy b) pos 1 width -> b pos copy width", copy=self._n)
+        edited = freeze_coordinates(h[:, :, self._copies], self._own, self._mean, self._strength)
+        h = h.index_copy(2, self._copies, edited)
+        return rearrange(h, "b pos copy width -> (copy b) pos width").reshape(value.shape)

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import evaluate
-from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.metrics import Metric, answer_logits, answer_loss, precise
 from eigenlens.scoring import Scores, score
 from eigenlens.spectra import Spectra

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import platformdirs
 import pyarrow as pa
@@ -21,8 +22,9 @@ import safetensors.torch
 import yaml
 from torch import Tensor
 
-FORMAT = "1"
 _HEADER = "eigenlens"
+# Kinds whose files changed; all others are as they were first written.
+_FORMATS = {"scores": "2", "frozen set": "2", "control": "2", "spectra": "2", "search state": "2"}
 
 
 class FileFormatError(ValueError):
@@ -81,7 +83,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _header(kind: str, metadata: Mapping[str, Any]) -> str:
-    return json.dumps({"kind": kind, "format": FORMAT, **metadata})
+    return json.dumps({"kind": kind, "format": _FORMATS.get(kind, "1"), **metadata})
 
 
 def _check_header(path: Path, kind: str, header: str | None) -> dict[str, Any]:
@@ -92,8 +94,12 @@ def _check_header(path: Path, kind: str, header: str | None) -> dict[str, Any]:
         raise FileFormatError(
             f"{path} holds another kind of eigenlens result; expected a {kind} file."
         )
-    if metadata.pop("format", None) != FORMAT:
-        raise FileFormatError(f"{path} has a format that this version of eigenlens does not read.")
+    found, known = metadata.pop("format", None), _FORMATS.get(kind, "1")
+    if found != known:
+        raise FileFormatError(
+            f"{path} is a {kind} file of format {found}; this version of eigenlens reads format "
+            f"{known}. Make it again."
+        )
     return metadata
 
 
@@ -137,16 +143,41 @@ def save_table(
     kind: str,
     table: pd.DataFrame,
     metadata: Mapping[str, Any] | None = None,
+    arrays: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write a table and a JSON header as one parquet file, atomically."""
+    """Write a table and a JSON header as one parquet file, atomically.
+
+    ``arrays`` are of two dimensions, a row for each row of the table; each is one column of lists.
+    """
     arrow = pa.Table.from_pandas(table, preserve_index=False)
-    header = {**(arrow.schema.metadata or {}), _HEADER.encode(): _header(kind, metadata or {})}
+    arrays = arrays or {}
+    for name, values in arrays.items():
+        if values.shape[1]:  # parquet has no lists of length 0
+            flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+            lists = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+            arrow = arrow.append_column(name, lists)
+    shapes = {name: [values.shape[1], str(values.dtype)] for name, values in arrays.items()}
+    text = _header(kind, {**(metadata or {}), **({"arrays": shapes} if shapes else {})})
+    header = {**(arrow.schema.metadata or {}), _HEADER.encode(): text}
     with atomic_path(Path(path)) as temporary:
         pq.write_table(arrow.replace_schema_metadata(header), temporary, compression="zstd")
 
 
 def load_table(path: str | os.PathLike[str], kind: str) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read back what :func:`save_table` wrote.
+    """Read back what :func:`save_table` wrote, without arrays.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: the file is truncated, foreign, or of another kind.
+    """
+    table, metadata, _ = load_arrays(path, kind)
+    return table, metadata
+
+
+def load_arrays(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[pd.DataFrame, dict[str, Any], dict[str, np.ndarray]]:
+    """Table, header and arrays that :func:`save_table` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -159,7 +190,15 @@ def load_table(path: str | os.PathLike[str], kind: str) -> tuple[pd.DataFrame, d
         raise FileFormatError(f"{path} is truncated or not a parquet file ({error}).") from error
     header = (arrow.schema.metadata or {}).get(_HEADER.encode())
     metadata = _check_header(path, kind, header.decode() if header else None)
-    return arrow.to_pandas(), metadata
+    arrays: dict[str, np.ndarray] = {}
+    for name, (width, dtype) in metadata.pop("arrays", {}).items():
+        values = np.zeros((len(arrow), width), dtype)
+        if width:
+            column = arrow[name].combine_chunks()
+            values = column.flatten().to_numpy().reshape(len(arrow), width)
+            arrow = arrow.drop_columns([name])
+        arrays[name] = values
+    return arrow.to_pandas(), metadata, arrays
 
 
 def save_record(path: str | os.PathLike[str], kind: str, record: Mapping[str, Any]) -> None:

@@ -3,6 +3,10 @@
 Every map is ``y = x W + b`` with ``x: [batch, pos, d_in]``. ``W_Q``, ``W_K``, ``W_V`` and ``W_O``
 are blocks of heads (with grouped-query attention ``W_K`` and ``W_V`` have the key/value heads);
 ``W_in``, ``W_gate`` and ``W_out`` are single maps, listed with one head.
+
+Components are coordinates of one activation of a map, on its *small side* (:class:`Site`): the
+output of ``W_Q``, ``W_K`` and ``W_V``, where their heads are apart, the input of ``W_O`` for the
+same reason, and of an MLP map whichever of the two is narrower.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,6 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 MATRIX_KINDS = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
 MLP_KINDS = MATRIX_KINDS[4:]  # single maps, without heads
+JOINT_KINDS = ("QK", "OV")  # W_Q W_Kᵀ and W_V W_O
+KINDS = (*MATRIX_KINDS, *JOINT_KINDS)
+Side = Literal["in", "out"]
 
 _MODULES = {
     "W_Q": "attn.q",
@@ -28,11 +35,72 @@ _MODULES = {
     "W_gate": "mlp.gate",
     "W_out": "mlp.out",
 }
-_HEAD_AXIS: dict[str, Literal["in", "out"]] = {"W_Q": "out", "W_K": "out", "W_V": "out"}
+_HEAD_AXIS: dict[str, Side] = {"W_Q": "out", "W_K": "out", "W_V": "out", "W_O": "in"}
 
 
 class UnsupportedModelError(ValueError):
     """The model has a block without dense attention and MLP matrices."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """The activation, cut into heads, that components of one kind are coordinates of.
+
+    Attributes:
+        layer: index of the block.
+        kind: one of :data:`KINDS`. ``QK`` lives in the space of queries, the output of ``W_Q``;
+            ``OV`` in the space of ``z``, the input of ``W_O``.
+        n_heads: heads of the activation (1 for MLP maps).
+        side: whether it is the input or the output of its map.
+        width: of one head.
+        far_width: of one head on the other side of its map.
+    """
+
+    layer: int
+    kind: str
+    n_heads: int
+    side: Side
+    width: int
+    far_width: int
+
+    @property
+    def name(self) -> str:
+        """``blocks.{layer}.{kind}``."""
+        return f"blocks.{self.layer}.{self.kind}"
+
+    @property
+    def matrix(self) -> str:
+        """Kind of the map whose input or output it is."""
+        return {"QK": "W_Q", "OV": "W_O"}.get(self.kind, self.kind)
+
+    @property
+    def map_name(self) -> str:
+        """``blocks.{layer}.{matrix}``: the name of that map."""
+        return f"blocks.{self.layer}.{self.matrix}"
+
+    @property
+    def hook(self) -> str:
+        """Hook of the activation."""
+        return f"blocks.{self.layer}.{_MODULES[self.matrix]}.hook_{self.side}"
+
+    def split(self, value: Tensor, n_pos: int) -> Float[Tensor, "batch pos head width"]:
+        """What the hook sees, whose layout depends on the family, as heads."""
+        return value.reshape(-1, n_pos, self.n_heads, self.width)
+
+    def find(self, model: TransformerBridge) -> "WeightMatrix":
+        """The map in the model at hand.
+
+        Raises:
+            ValueError: the model has no such map, or one of another shape.
+        """
+        (matrix,) = weight_matrices(model, [self.matrix], [self.layer])
+        width = matrix.n_heads * matrix.width(self.side)
+        if width != self.n_heads * self.width:
+            raise ValueError(
+                f"{self.hook} is {width} wide here, not {self.n_heads * self.width}: "
+                "this belongs to another model."
+            )
+        return matrix
 
 
 @dataclass(frozen=True)
@@ -52,7 +120,7 @@ class WeightMatrix:
     layer: int
     kind: str
     n_heads: int
-    head_axis: Literal["in", "out"] | None
+    head_axis: Side | None
     d_in: int
     d_out: int
     module: nn.Module = field(repr=False, compare=False)
@@ -76,6 +144,25 @@ class WeightMatrix:
     def rank(self) -> int:
         """Components per head."""
         return min(self.d_in, self.d_out)
+
+    def width(self, side: Side) -> int:
+        """Width of one head's input or output."""
+        return self.d_in if side == "in" else self.d_out
+
+    @property
+    def side(self) -> Side:
+        """The small side: where heads are apart, else where the map is narrower."""
+        return self.head_axis or ("in" if self.d_in <= self.d_out else "out")
+
+    @property
+    def site(self) -> Site:
+        """The activation that this map's components are coordinates of."""
+        return self.site_on(self.side)
+
+    def site_on(self, side: Side) -> Site:
+        """The input or the output as the activation of coordinates."""
+        far: Side = "in" if side == "out" else "out"
+        return Site(self.layer, self.kind, self.n_heads, side, self.width(side), self.width(far))
 
     @property
     def flat_weight(self) -> Float[Tensor, "all_in all_out"]:
@@ -101,7 +188,7 @@ class WeightMatrix:
 
 
 def split_heads(
-    flat: Float[Tensor, "all_in all_out"], n_heads: int, head_axis: Literal["in", "out"] | None
+    flat: Float[Tensor, "all_in all_out"], n_heads: int, head_axis: Side | None
 ) -> Float[Tensor, "head d_in d_out"]:
     """Split a flat ``[d_in, d_out]`` map into its heads."""
     if head_axis == "in":
@@ -110,7 +197,7 @@ def split_heads(
 
 
 def join_heads(
-    weight: Float[Tensor, "head d_in d_out"], head_axis: Literal["in", "out"] | None
+    weight: Float[Tensor, "head d_in d_out"], head_axis: Side | None
 ) -> Float[Tensor, "all_in all_out"]:
     """Put heads side by side again: the inverse of :func:`split_heads`."""
     if head_axis == "in":
@@ -173,7 +260,7 @@ def weight_matrices(
     ]
     missing = [kind for kind in kinds or () if kind not in {m.kind for m in found}]
     if missing:
-        raise ValueError(f"This model has no {', '.join(missing)}: its MLP is not gated.")
+        raise ValueError(f"This model has no {', '.join(missing)}: its blocks hold no such map.")
     return WeightMatrices(found)
 
 
@@ -210,13 +297,13 @@ def _block_matrices(model: TransformerBridge, layer: int) -> Iterator[WeightMatr
         part, name = path.split(".")
         linear = _linear(getattr(block, part, None), name)
         if linear is None:
-            if kind == "W_gate":
-                continue
+            if kind == "W_gate" or (part == "mlp" and not hasattr(block, "mlp")):
+                continue  # an MLP without a gate, a block without an MLP
             raise _unsupported(model, layer, kind, part)
         flat_in, flat_out = linear.weight.shape
         if not isinstance(linear, Conv1D):
             flat_in, flat_out = flat_out, flat_in
-        axis = "in" if kind == "W_O" else _HEAD_AXIS.get(kind)
+        axis = _HEAD_AXIS.get(kind)
         split = {"in": flat_in, "out": flat_out}.get(axis or "", 0)
         heads = split // d_head if split else 1
         if split % d_head or (kind in ("W_Q", "W_O") and heads != n_heads):

@@ -7,6 +7,7 @@ gets better, so that a negative score (the metric is predicted to fall) means a 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -52,9 +53,16 @@ def precise(logits: Tensor) -> Tensor:
 def answer_loss(
     logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
 ) -> Float[Tensor, " batch"]:
-    """Negative log-likelihood of the whole answer, in nats: the sum over its tokens."""
-    picked = logits.log_softmax(-1).gather(-1, batch.answer[..., None])[..., 0]
-    return -(picked * batch.answer_mask).sum(-1)
+    """Negative log-likelihood of the whole answer, in nats: the sum over its tokens.
+
+    A token's is ``log(1 + e^−m)`` with its log-odds ``m``, taken without the token itself: the
+    difference of two logarithms would be exactly 0 in float32 from a lead of 17 on, and with it
+    every gradient.
+    """
+    answer = batch.answer[..., None]
+    others = logits.scatter(-1, answer, -torch.inf).logsumexp(-1)
+    odds = logits.gather(-1, answer)[..., 0] - others
+    return -(F.logsigmoid(odds) * batch.answer_mask).sum(-1)
 
 
 def logit_diff(wrong: Tensor) -> Metric:
@@ -115,7 +123,7 @@ def kl_to_unedited(model: TransformerBridge, data: Dataset, batch_size: int = 50
     kept: dict[int, Tensor] = {}
     with torch.no_grad():
         for batch in make_batches(data, model, batch_size):
-            logs = answer_logits(model, batch).float().log_softmax(-1)
+            logs = precise(answer_logits(model, batch)).log_softmax(-1)
             kept |= {
                 index: row[there].cpu()
                 for index, row, there in zip(batch.indices, logs, batch.answer_mask, strict=True)

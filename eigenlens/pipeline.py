@@ -27,10 +27,12 @@ from pydantic import (
 )
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.decomposition import decompose
 from eigenlens.errors import problems
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
 from eigenlens.files import FileFormatError, read_yaml, write_json, write_text
-from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.paper.released_code import (
     ReferenceCode,
@@ -43,7 +45,7 @@ from eigenlens.provenance import Provenance, versions
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES, refined
 from eigenlens.scoring import Criterion, Reference, Scores, score
 from eigenlens.search import SEARCHES, Protection, SearchResult
-from eigenlens.spectra import Spectra, decompose
+from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
 
 T = TypeVar("T")

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 _GENERATORS = ("generate", "generate_stream", "hf_generate")
@@ -136,3 +137,14 @@ def prompt_ends_at(model: TransformerBridge, n_prompt: int) -> Iterator[None]:
         return
     with tracker.holding(n_prompt):
         yield
+
+
+def add_hook(point: HookPoint, hook: Callable[..., Any]) -> Callable[[], None]:
+    """Put a hook on that survives ``model.reset_hooks()``; the function returned takes it off."""
+    handle = point.add_hook(hook, is_permanent=True)
+
+    def remove() -> None:
+        handle.hook.remove()
+        point.fwd_hooks.remove(handle)
+
+    return remove

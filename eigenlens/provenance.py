@@ -2,17 +2,21 @@
 
 A fingerprint is a 128-bit xxh3 hash over the name, shape, dtype and bytes of every parameter. It
 tells whether a stored edit belongs to the weights at hand; it is no protection against forgery.
+Searches look at the same weights hundreds of times: inside :func:`same_weights` they are hashed
+once, and again only where an operation of PyTorch has changed one.
 """
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 _PACKAGES = ("eigenlens", "torch", "transformers", "transformer-lens", "numpy")
@@ -70,7 +74,34 @@ def text_hash(lines: Iterable[Any]) -> str:
 
 def model_fingerprint(model: TransformerBridge) -> str:
     """Hash of every parameter of ``model``, at about 10 GB per second."""
-    return _hash(sorted(model.named_parameters()))
+    kept = _kept.get(model)
+    if kept is None:
+        return _hash(sorted(model.named_parameters()))
+    state = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    if state not in kept:
+        kept.clear()
+        kept[state] = _hash(sorted(model.named_parameters()))
+    return kept[state]
+
+
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[tuple[int, int], ...], str]] = WeakKeyDictionary()
+
+
+@contextmanager
+def same_weights(model: TransformerBridge) -> Iterator[None]:
+    """Inside the block weights change, if at all, by operations that PyTorch counts.
+
+    Outside of such a block every fingerprint is made anew, since a write through ``.data`` leaves
+    no trace.
+    """
+    if model in _kept:
+        yield
+        return
+    _kept[model] = {}
+    try:
+        yield
+    finally:
+        del _kept[model]
 
 
 def _hash(named: Iterable[tuple[str, Tensor]]) -> str:

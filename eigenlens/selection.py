@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.scoring.scores import Scores
 
 Within = Literal["all", "matrix", "layer"]

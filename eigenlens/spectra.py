@@ -1,85 +1,208 @@
-"""Singular value decompositions of every matrix of a model, kept on disk.
+"""Directions of components, and the coordinates of an activation along them.
 
-``W = Σ_i σ_i u_i v_iᵀ`` per head, with ``u_i`` in the input space (what component i reads) and
-``v_i`` in the output space (what it writes). Signs are fixed by making the entry of ``u_i`` with
-the largest magnitude positive. Where neighbouring singular values are nearly equal, single
-directions are arbitrary within their span: such *degenerate blocks* are flagged.
+Component i of a matrix is one coordinate of one activation ``h`` (:class:`eigenlens.matrices.Site`)
+with a read vector ``r_i`` and a write vector ``w_i``, where ``w_i · r_j = δ_ij``:
+
+    ``c_i = h · r_i``,   ``h' = h + z (c̄_i − c_i) w_i``
+
+and freezing with strength z puts c̄ in place of c. In the singular basis both are the singular
+vector of the small side, ``u_i`` or ``v_i``; what the component does on the other side follows from
+the weight (:mod:`eigenlens.far_side`). A decomposition belongs to weights, not to one model object.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-import scipy.linalg
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.files import FileFormatError, cache_dir, load_tensors, save_tensors
-from eigenlens.matrices import WeightMatrices, WeightMatrix, weight_matrices
-from eigenlens.provenance import Provenance, tensor_hash
+from eigenlens.files import FileFormatError, load_tensors, save_tensors
+from eigenlens.matrices import Site
+from eigenlens.provenance import Provenance
 
-# Relative gap below which float32 does not resolve single directions (about 100 units of rounding).
-_DEGENERATE_GAP = {torch.float32: 1e-5, torch.float64: 1e-12}
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+COMPONENT = ["layer", "matrix", "head", "index"]
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    """The decomposition of one weight matrix.
+class Directions:
+    """Read and write vectors of coordinates of one activation.
 
     Attributes:
-        matrix: the linear map.
-        u: input directions, orthonormal columns.
-        sigma: singular values, falling.
-        vh: output directions, orthonormal rows.
+        site: the activation.
+        read: ``r_i`` as columns, head by head; ``None``: the standard basis.
+        write: ``w_i`` as rows, head by head; ``None``: the standard basis.
     """
 
-    matrix: WeightMatrix
-    u: Float[Tensor, "head d_in rank"]
-    sigma: Float[Tensor, "head rank"]
-    vh: Float[Tensor, "head rank d_out"]
+    site: Site
+    read: Float[Tensor, "head width k"] | None
+    write: Float[Tensor, "head k width"] | None
 
-    def reads(self, x: Float[Tensor, "*batch all_in"]) -> Float[Tensor, "*batch head rank"]:
-        """Projected activations ``σ_i (x · u_i)`` of inputs, in units of the output."""
-        scaled = self.u * self.sigma[:, None, :]
-        if self.matrix.head_axis == "in":
-            x = rearrange(x, "... (head d_in) -> ... head d_in", head=self.matrix.n_heads)
-            return einsum(x, scaled, "... head d_in, head d_in rank -> ... head rank")
-        # One matrix product for all heads, since they share their input.
-        flat = x @ rearrange(scaled, "head d_in rank -> d_in (head rank)")
-        return rearrange(flat, "... (head rank) -> ... head rank", head=self.matrix.n_heads)
+    def coordinates(self, h: Float[Tensor, "*batch head width"]) -> Float[Tensor, "*batch head k"]:
+        """``c_i = h · r_i``."""
+        if self.read is None:
+            return h
+        return einsum(h, self.read, "... head width, head width k -> ... head k")
 
-    def writes(self, g: Float[Tensor, "*batch all_out"]) -> Float[Tensor, "*batch head rank"]:
-        """Projections ``v_i · g`` of output gradients."""
-        if self.matrix.head_axis == "out":
-            g = rearrange(g, "... (head d_out) -> ... head d_out", head=self.matrix.n_heads)
-            return einsum(g, self.vh, "... head d_out, head rank d_out -> ... head rank")
-        flat = g @ rearrange(self.vh, "head rank d_out -> d_out (head rank)")
-        return rearrange(flat, "... (head rank) -> ... head rank", head=self.matrix.n_heads)
+    def slopes(self, g: Float[Tensor, "*batch head width"]) -> Float[Tensor, "*batch head k"]:
+        """``w_i · g``: the derivative along a coordinate, from the gradient by the activation."""
+        if self.write is None:
+            return g
+        return einsum(g, self.write, "... head width, head k width -> ... head k")
+
+    def compose(self, c: Float[Tensor, "*batch head k"]) -> Float[Tensor, "*batch head width"]:
+        """``Σ_i c_i w_i``."""
+        if self.write is None:
+            return c
+        return einsum(c, self.write, "... head k, head k width -> ... head width")
+
+    @property
+    def is_orthonormal(self) -> bool:
+        """Whether components write where they read, with one tensor for both."""
+        if self.read is None or self.write is None:
+            return self.read is self.write
+        return self.write.is_set_to(self.read.mT)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the directions are."""
+        assert self.read is not None
+        return self.read.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same directions on another device."""
+        if self.device == torch.device(device):
+            return self
+        read = None if self.read is None else self.read.to(device)
+        write = None if self.write is None else self.write.to(device)
+        if self.is_orthonormal and read is not None:
+            write = read.mT
+        return replace(self, read=read, write=write)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file must hold; equal read and write vectors once."""
+        found = {"read": self.read, "write": None if self.is_orthonormal else self.write}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @classmethod
+    def of_tensors(cls, site: Site, tensors: Mapping[str, Tensor], name: str, **rest: Any) -> Self:
+        """Put together what :meth:`tensors` gave, each under ``{name}.``."""
+        read = tensors.get(f"{name}.read")
+        return cls(
+            site, read, tensors.get(f"{name}.write", None if read is None else read.mT), **rest
+        )
+
+
+def freeze_coordinates(
+    h: Float[Tensor, "*batch head width"],
+    directions: Directions,
+    mean: Float[Tensor, "*#batch head k"],
+    strength: Float[Tensor, "*#batch head k"] | Float[Tensor, ""] | float,
+) -> Float[Tensor, "*batch head width"]:
+    """``h + ((c̄ − h R) ∘ z) W``: the formula of freezing, gates, exact effects and cuts alike."""
+    moved = (mean - directions.coordinates(h.to(mean.dtype))) * strength
+    return h + directions.compose(moved).to(h.dtype)
+
+
+@dataclass(frozen=True)
+class Spectrum(Directions):
+    """All components of one matrix.
+
+    Attributes:
+        sigma: singular values, falling; in other bases how long the matrix is along a direction.
+        gap: relative gap of neighbouring ``σ²`` below which float64 does not tell directions apart;
+            ``None`` for bases whose directions are given, not found.
+    """
+
+    sigma: Float[Tensor, "head k"]
+    gap: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the matrix, or of the joint map."""
+        return self.site.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which coordinates are computed and summed."""
+        return self.sigma.dtype if self.read is None else self.read.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the directions are."""
+        return self.sigma.device
 
     @cached_property
-    def blocks(self) -> Int[Tensor, "head rank"]:
-        """Number of the degenerate block of each component; alone in it means well separated."""
-        gap = _DEGENERATE_GAP[self.sigma.dtype] * self.sigma[:, :1].clamp_min(1e-300)
+    def blocks(self) -> Int[Tensor, "head k"]:
+        """Number of the degenerate block of each component; alone in it means well separated.
+
+        Where neighbouring singular values are nearly equal, single directions are arbitrary within
+        their span.
+        """
         starts = torch.ones_like(self.sigma, dtype=torch.int64)
-        starts[:, 1:] = (self.sigma[:, :-1] - self.sigma[:, 1:] > gap).long()
+        if self.gap is not None:
+            square = (self.sigma / self.sigma[:, :1].clamp_min(1e-300)).square()
+            starts[:, 1:] = (square[:, :-1] - square[:, 1:] > self.gap).long()
         return starts.cumsum(1) - 1
+
+    def to(self, device: torch.device | str) -> "Spectrum":
+        """The same directions on another device."""
+        moved = super().to(device)
+        return moved if moved is self else replace(moved, sigma=self.sigma.to(device))
+
+    def subset(self, head: np.ndarray, index: np.ndarray) -> Directions:
+        """Some components as directions in the space of all heads side by side."""
+        heads, places = (torch.as_tensor(part, device=self.device) for part in (head, index))
+        flat = replace(self.site, n_heads=1, width=self.site.n_heads * self.site.width)
+        read, write = (
+            self._scattered(vectors, heads, places) for vectors in (self._read_rows, self.write)
+        )
+        return Directions(flat, read.mT, write)
+
+    @property
+    def _read_rows(self) -> Float[Tensor, "head k width"] | None:
+        return None if self.read is None else self.read.mT
+
+    def _scattered(
+        self, rows: Float[Tensor, "head k width"] | None, heads: Tensor, places: Tensor
+    ) -> Float[Tensor, "1 k all_width"]:
+        number = torch.arange(len(heads), device=self.device)
+        shape = (len(heads), self.site.n_heads, self.site.width)
+        wide = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if rows is None:
+            wide[number, heads, places] = 1
+        else:
+            wide[number, heads] = rows[heads, places]
+        return wide.flatten(1)[None]
 
 
 class Spectra(Mapping[str, Spectrum]):
-    """Decompositions by matrix name (``blocks.0.W_Q``), in the order of the model."""
+    """Decompositions by matrix name (``blocks.0.W_Q``), in the order of the model.
 
-    def __init__(self, spectra: Iterable[Spectrum], provenance: Provenance) -> None:
-        self._spectra = {spectrum.matrix.name: spectrum for spectrum in spectra}
+    Attributes:
+        provenance: the model that was decomposed.
+        basis: ``svd``, ``qk_ov``, ``random``, ``neurons`` or ``pca``.
+        seed: of the ``random`` basis.
+    """
+
+    def __init__(
+        self,
+        spectra: Iterable[Spectrum],
+        provenance: Provenance,
+        basis: str = "svd",
+        seed: int | None = None,
+    ) -> None:
+        self._spectra = {spectrum.name: spectrum for spectrum in spectra}
         self.provenance = provenance
+        self.basis = basis
+        self.seed = seed
 
     def __getitem__(self, name: str) -> Spectrum:
         return self._spectra[name]
@@ -91,37 +214,91 @@ class Spectra(Mapping[str, Spectrum]):
         return len(self._spectra)
 
     @property
-    def matrices(self) -> WeightMatrices:
-        """The decomposed linear maps."""
-        return WeightMatrices(spectrum.matrix for spectrum in self.values())
-
-    @property
     def n_components(self) -> int:
-        """Singular values of all matrices together."""
+        """Components of all matrices together."""
         return sum(spectrum.sigma.numel() for spectrum in self.values())
 
-    def of_kinds(self, kinds: Sequence[str]) -> "Spectra":
-        """The decompositions of these kinds of matrices only.
+    @property
+    def sizes(self) -> list[int]:
+        """Components of each matrix, in order."""
+        return [spectrum.sigma.numel() for spectrum in self.values()]
+
+    @cached_property
+    def components(self) -> pd.DataFrame:
+        """One row per component: ``layer, matrix, head, index, sigma``."""
+        sites = [s.site for s in self.values()]
+        shapes = [tuple(s.sigma.shape) for s in self.values()]
+        heads = [np.repeat(np.arange(n), k) for n, k in shapes]
+        places = [np.tile(np.arange(k), n) for n, k in shapes]
+        sigma = [s.sigma.flatten().double().cpu().numpy() for s in self.values()]
+        return pd.DataFrame(
+            {
+                "layer": np.repeat([site.layer for site in sites], self.sizes),
+                "matrix": np.repeat([site.kind for site in sites], self.sizes),
+                "head": np.concatenate([*heads, np.zeros(0, np.int64)]),
+                "index": np.concatenate([*places, np.zeros(0, np.int64)]),
+                "sigma": np.concatenate([*sigma, np.zeros(0)]),
+            }
+        )
+
+    def on(self, model: TransformerBridge) -> "Spectra":
+        """The same directions, each where the model at hand has its weight.
 
         Raises:
-            ValueError: a kind that is not there.
+            ValueError: the model has other weights, or lacks one of the matrices.
         """
-        there = dict.fromkeys(spectrum.matrix.kind for spectrum in self.values())
-        missing = [kind for kind in kinds if kind not in there]
-        if missing:
-            raise ValueError(f"No {', '.join(missing)} here; there are {', '.join(there)}.")
-        return Spectra((s for s in self.values() if s.matrix.kind in kinds), self.provenance)
+        found = Provenance.of(model).model_fingerprint
+        if self.provenance.model_fingerprint != found:
+            raise ValueError(
+                "These spectra belong to a model with other weights: call decompose again."
+            )
+        moved = [s.to(s.site.find(model).flat_weight.device) for s in self.values()]
+        return self.with_spectra(moved)
+
+    def with_spectra(self, spectra: Iterable[Spectrum]) -> "Spectra":
+        """Other matrices of the same model in the same basis."""
+        return Spectra(spectra, self.provenance, self.basis, self.seed)
+
+    def select(
+        self, matrices: Sequence[str] | None = None, layers: Sequence[int] | None = None
+    ) -> "Spectra":
+        """The decompositions of these kinds of matrices, in these layers, only.
+
+        Raises:
+            ValueError: a kind or layer that is not there.
+        """
+        wanted: dict[str, Sequence[Any] | None] = {"kind": matrices, "layer": layers}
+        for part, values in wanted.items():
+            there = dict.fromkeys(getattr(spectrum.site, part) for spectrum in self.values())
+            missing = [value for value in values or () if value not in there]
+            if missing:
+                raise ValueError(
+                    f"No {part} {', '.join(map(str, missing))} here; "
+                    f"there are {', '.join(map(str, there))}."
+                )
+        return self.with_spectra(
+            s
+            for s in self.values()
+            if (matrices is None or s.site.kind in matrices)
+            and (layers is None or s.site.layer in layers)
+        )
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per component: ``layer, matrix, head, index, sigma, block, block_size``."""
-        return pd.concat([_component_rows(s) for s in self.values()], ignore_index=True)
+        blocks = [s.blocks.cpu().numpy() for s in self.values()]
+        sizes = [np.bincount(row, minlength=len(row))[row] for part in blocks for row in part]
+        return self.components.assign(
+            block=np.concatenate([part.flatten() for part in blocks]),
+            block_size=np.concatenate(sizes),
+        )
 
     def _repr_html_(self) -> str:
         rows = [
             {
                 "matrix": name,
-                "heads": s.matrix.n_heads,
-                "rank": s.matrix.rank,
+                "heads": s.site.n_heads,
+                "coordinates of": f"hook_{s.site.side}",
+                "rank": s.sigma.shape[1],
                 "largest σ": float(s.sigma.max()),
                 "smallest σ": float(s.sigma.min()),
             }
@@ -130,133 +307,36 @@ class Spectra(Mapping[str, Spectrum]):
         return pd.DataFrame(rows).to_html(index=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything as one safetensors file."""
-        tensors = {
-            f"{name}.{part}": getattr(spectrum, part)
-            for name, spectrum in self.items()
-            for part in ("u", "sigma", "vh")
-        }
-        save_tensors(path, "spectra", tensors, {"provenance": self.provenance.model_dump()})
+        """Write everything as one safetensors file; equal read and write vectors once."""
+        tensors: dict[str, Tensor] = {}
+        for name, s in self.items():
+            tensors |= {f"{name}.{part}": value for part, value in s.tensors().items()}
+            tensors[f"{name}.sigma"] = s.sigma
+        sites = {name: [*astuple(s.site), s.gap] for name, s in self.items()}
+        rest = {"basis": self.basis, "seed": self.seed, "sites": sites}
+        save_tensors(path, "spectra", tensors, {**rest, "provenance": self.provenance.model_dump()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: TransformerBridge) -> "Spectra":
         """Read back what :meth:`save` wrote for this ``model``.
 
         Raises:
+            FileNotFoundError: there is no such file.
             FileFormatError: the file is truncated, foreign, or of a model with other weights.
         """
         tensors, metadata = load_tensors(path, "spectra")
-        provenance = Provenance(**metadata["provenance"])
-        if provenance.model_fingerprint != Provenance.of(model).model_fingerprint:
-            raise FileFormatError(f"{path} belongs to a model with other weights.")
-        found = [
-            Spectrum(m, *(tensors[f"{m.name}.{part}"] for part in ("u", "sigma", "vh")))
-            for m in weight_matrices(model)
-            if f"{m.name}.sigma" in tensors
-        ]
-        return cls(found, provenance)
-
-
-def _component_rows(spectrum: Spectrum) -> pd.DataFrame:
-    heads, rank = spectrum.sigma.shape
-    blocks = spectrum.blocks.cpu().numpy()
-    sizes = np.stack([np.bincount(row, minlength=rank)[row] for row in blocks])
-    return pd.DataFrame(
-        {
-            "layer": spectrum.matrix.layer,
-            "matrix": spectrum.matrix.kind,
-            "head": np.repeat(np.arange(heads), rank),
-            "index": np.tile(np.arange(rank), heads),
-            "sigma": spectrum.sigma.flatten().double().cpu().numpy(),
-            "block": blocks.flatten(),
-            "block_size": sizes.flatten(),
-        }
-    )
-
-
-def decompose(
-    model: TransformerBridge,
-    matrices: Iterable[str] | None = None,
-    layers: Iterable[int] | None = None,
-    *,
-    dtype: str | None = None,
-    cache: bool = True,
-    progress: bool = True,
-) -> Spectra:
-    """Singular value decomposition of every weight matrix, per head for attention.
-
-    Args:
-        model: a dense transformer.
-        matrices: kinds (``W_Q`` … ``W_out``); default all.
-        layers: block indices; default all.
-        dtype: ``"float32"`` or ``"float64"``; default float64 for float64 models, else float32.
-        cache: keep decompositions in the user's cache, keyed by the weight's hash.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: an unknown matrix kind, layer or dtype; NaN or infinite weights.
-        UnsupportedModelError: the model has blocks without dense matrices.
-    """
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype must be 'float32' or 'float64', not {dtype!r}.")
-    maps = weight_matrices(model, matrices, layers)
-    found = []
-    for matrix in tqdm(maps, desc="decompose", unit="matrix", disable=not progress):
-        own = torch.float64 if matrix.flat_weight.dtype == torch.float64 else torch.float32
-        precision = _DTYPES[dtype] if dtype else own
-        found.append(_decompose_matrix(matrix, precision, cache))
-    return Spectra(found, Provenance.of(model))
-
-
-def _decompose_matrix(matrix: WeightMatrix, dtype: torch.dtype, cache: bool) -> Spectrum:
-    weight = matrix.weight.detach()
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{matrix.name} holds NaN or infinite values; it has no decomposition.")
-    if not cache:
-        return Spectrum(matrix, *thin_svd(weight.to(dtype)))
-    key = f"{tensor_hash(weight)}-{str(dtype).removeprefix('torch.')}"
-    path = cache_dir() / "svd" / key[:2] / f"{key}.safetensors"
-    u, sigma, vh = (part.to(weight.device) for part in _cached(path, lambda: weight.to(dtype)))
-    return Spectrum(matrix, u, sigma, vh)
-
-
-def _cached(path: Path, weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        tensors, _ = load_tensors(path, "svd")
-        return tensors["u"], tensors["sigma"], tensors["vh"]
-    except (FileNotFoundError, FileFormatError):  # a damaged cache entry is made anew
-        u, sigma, vh = thin_svd(weight())
-        save_tensors(path, "svd", {"u": u, "sigma": sigma, "vh": vh})
-        return u, sigma, vh
-
-
-def thin_svd(
-    weight: Float[Tensor, "head d_in d_out"],
-) -> tuple[
-    Float[Tensor, "head d_in rank"], Float[Tensor, "head rank"], Float[Tensor, "head rank d_out"]
-]:
-    """Thin SVD of each head, with falling singular values and fixed signs.
-
-    Where LAPACK's divide-and-conquer driver does not converge, the QR driver (``gesvd``) is asked
-    in float64.
-    """
-    try:
-        u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        u, sigma, vh = _svd_by_qr(weight)
-    order = sigma.argsort(dim=-1, descending=True, stable=True)
-    sigma = sigma.gather(-1, order)
-    u = u.gather(-1, order[:, None, :].expand_as(u))
-    vh = vh.gather(-2, order[:, :, None].expand_as(vh))
-    peak = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
-    return (u * sign).contiguous(), sigma, (vh * sign.transpose(-1, -2)).contiguous()
-
-
-def _svd_by_qr(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    heads = [
-        scipy.linalg.svd(head, full_matrices=False, lapack_driver="gesvd")
-        for head in weight.double().cpu().numpy()
-    ]
-    u, sigma, vh = (torch.from_numpy(np.stack(part)) for part in zip(*heads, strict=True))
-    return u.to(weight), sigma.to(weight), vh.to(weight)
+        try:
+            found = [
+                Spectrum.of_tensors(
+                    Site(*site), tensors, name, sigma=tensors[f"{name}.sigma"], gap=gap
+                )
+                for name, (*site, gap) in metadata["sites"].items()
+            ]
+            provenance = Provenance(**metadata["provenance"])
+            spectra = cls(found, provenance, metadata["basis"], metadata["seed"])
+        except KeyError as error:
+            raise FileFormatError(f"{path} lacks {error}.") from error
+        try:
+            return spectra.on(model)
+        except ValueError as error:
+            raise FileFormatError(f"{path}: {error}") from error

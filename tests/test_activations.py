@@ -8,7 +8,7 @@ from tiny_models import EQUAL, FAMILIES, MIXED, dataset
 
 import eigenlens as el
 from eigenlens.files import FileFormatError
-from eigenlens.freezing import WrongModelError
+from eigenlens.frozen_set import WrongModelError
 from eigenlens.tasks import make_batches
 
 ONE_TOKEN = dataset([("1 + 2 =", " 3"), ("9 x 4 + 1 =", " 37"), ("7 + 7 + 7 + 7 =", " 28")])

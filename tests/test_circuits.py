@@ -13,7 +13,7 @@ import eigenlens as el
 from eigenlens.circuits.norms import final_gain, gain_after, gain_before
 from eigenlens.files import FileFormatError
 from eigenlens.scoring.by_cache import _differentiate_from_here
-from eigenlens.scoring.scores import COMPONENT
+from eigenlens.spectra import COMPONENT
 from eigenlens.spectra import Spectra
 
 QUIET = {"progress": False}

@@ -17,7 +17,7 @@ from eigenlens.faithfulness import (
     stratified_sample,
     top_k,
 )
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 
 
 def losses(model, data):

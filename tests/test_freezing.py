@@ -7,7 +7,7 @@ from tiny_models import EQUAL, FAMILIES, MIXED, dataset
 
 import eigenlens as el
 from eigenlens.files import FileFormatError
-from eigenlens.freezing import WrongModelError
+from eigenlens.frozen_set import WrongModelError
 from eigenlens.metrics import answer_logits
 from eigenlens.positions import prompt_ends_at
 from eigenlens.tasks import make_batches

@@ -7,7 +7,7 @@ from tiny_models import EQUAL, MIXED
 
 import eigenlens as el
 from eigenlens.exact import exact_effects
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.refinement import integrated, refined, single_effects
 from eigenlens.scoring.by_cache import effects_by_cache
 

@@ -17,7 +17,7 @@ import eigenlens as el
 from eigenlens import pipeline
 from eigenlens.cli import app
 from eigenlens.evaluation import Evaluation
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.report import write_report
 
 CONFIG = el.EigenpruneConfig(

@@ -22,7 +22,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import Evaluation, evaluate
 from eigenlens.files import FileFormatError, load_tensors, save_tensors
-from eigenlens.freezing import Freeze, FrozenSet
+from eigenlens.freezing import Freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.provenance import text_hash
 
 _KIND = "edit"

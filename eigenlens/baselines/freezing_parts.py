@@ -13,7 +13,7 @@ import numpy as np
 from eigenlens.baselines.baseline import Search
 from eigenlens.baselines.edits import FrozenEdit
 from eigenlens.baselines.ranked import OneShot
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 
 Part = Literal["bias only", "zero", "position-free"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from eigenlens.baselines.baseline import Search
 from eigenlens.baselines.edits import FrozenEdit
 from eigenlens.baselines.ranked import OneShot
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.scoring import Scores
 from eigenlens.spectra import Spectra, Spectrum
 

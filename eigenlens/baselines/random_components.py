@@ -13,7 +13,7 @@ import numpy as np
 from eigenlens.baselines.baseline import Baseline, Search
 from eigenlens.baselines.edits import FrozenEdit
 from eigenlens.baselines.ranked import OneShot, train_scores
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.scoring import Scores
 
 Match = Literal["count", "energy"]

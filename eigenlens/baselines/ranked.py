@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from eigenlens.baselines.baseline import Baseline, Search
 from eigenlens.baselines.edits import FrozenEdit
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.scoring import Criterion, Reference, Scores, score
 from eigenlens.selection import select
 

@@ -18,7 +18,8 @@ from eigenlens.baselines.baseline import Search
 from eigenlens.baselines.edits import WeightEdit
 from eigenlens.baselines.training import Trainable, Trained, replaced
 from eigenlens.matrices import join_heads
-from eigenlens.spectra import Spectra, Spectrum, decompose
+from eigenlens.decomposition import decompose
+from eigenlens.spectra import Spectra, Spectrum
 
 
 @dataclass(frozen=True)

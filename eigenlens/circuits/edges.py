@@ -36,7 +36,7 @@ from eigenlens.circuits.cut_graph import (
     run_gradients,
 )
 from eigenlens.circuits.nodes import EMBED, LOGITS, Directions, Nodes, directions, means_at
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import WeightMatrices
 from eigenlens.metrics import Metric, answer_logits, precise
 from eigenlens.scoring.scorer import position_counts, position_range, position_rows

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigenlens.freezing import FrozenSet, flat_directions
-from eigenlens.scoring.scores import COMPONENT, Scores
+from eigenlens.scoring.scores import Scores
+from eigenlens.spectra import COMPONENT
 from eigenlens.spectra import Spectra, Spectrum
 
 EMBED, LOGITS = "embed", "logits"

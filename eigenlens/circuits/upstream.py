@@ -17,10 +17,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.circuits.cut_graph import CutGraph, Norm, RunGradients, cut_graph, run_gradients
 from eigenlens.circuits.nodes import Nodes, directions, means_at
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import WeightMatrices
 from eigenlens.metrics import Metric
-from eigenlens.scoring.scores import COMPONENT, Scores
+from eigenlens.scoring.scores import Scores
+from eigenlens.spectra import COMPONENT
 from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import WeightMatrix
 from eigenlens.metrics import Metric, answer_logits, answer_loss, precise
 from eigenlens.provenance import Provenance, text_hash

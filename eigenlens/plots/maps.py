@@ -5,11 +5,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import MATRIX_KINDS
 from eigenlens.plots.style import FULL_WIDTH, HARM_HELP, SIGN, TEMPLATE, heading
 from eigenlens.scoring import Scores
-from eigenlens.scoring.scores import COMPONENT
+from eigenlens.spectra import COMPONENT
 
 _GAP, _TOP, _BOTTOM = 75, 95, 65  # pixels
 _CELL = ["layer", "matrix", "head"]

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.marchenko_pastur import bulk_edge
 from eigenlens.matrices import MATRIX_KINDS
 from eigenlens.plots.style import FULL_WIDTH, GREY, TEMPLATE, VERMILION, heading, log_ticks

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import MATRIX_KINDS, MLP_KINDS
 from eigenlens.plots.style import (
     FULL_WIDTH,
@@ -22,7 +22,7 @@ from eigenlens.plots.style import (
     signed_log_ticks,
 )
 from eigenlens.scoring import Scores
-from eigenlens.scoring.scores import COMPONENT
+from eigenlens.spectra import COMPONENT
 
 Against = Literal["index", "sigma"]
 

@@ -8,11 +8,11 @@ import pandas as pd
 
 from eigenlens.activations import ActivationChange, activation_change
 from eigenlens.circuits import Circuit, circuit
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.pipeline import EigenpruneResult
 from eigenlens.scoring import Scores
-from eigenlens.scoring.scores import COMPONENT
+from eigenlens.spectra import COMPONENT
 from eigenlens.tasks import load_task
 
 # A node of the circuit is a short backward pass for each batch, and brings two more nodes that

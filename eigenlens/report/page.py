@@ -18,7 +18,7 @@ from eigenlens.plots.examples import OUTCOMES
 from eigenlens.report.drawing import fragment
 from eigenlens.report.inside import Inside, look_inside
 from eigenlens.report.tables import Table, make_table
-from eigenlens.scoring.scores import COMPONENT
+from eigenlens.spectra import COMPONENT
 
 MOST_ROWS = 200  # of a table: a page for a phone, not a data base
 

@@ -1,18 +1,17 @@
 """Running sums from which the scores of one matrix follow, whatever the number of examples.
 
-With inputs ``x`` and output gradients ``g = ∂L/∂y`` at position t of example b, the first-order
-effect of freezing component i is ``Σ_t (ā_t − a_bt) g_bt`` with ``a = σ_i (x · u_i)`` and
-``g = v_i · ∂L/∂y``. Summed over examples this is
+With an activation ``h`` and its gradient ``g = ∂L/∂h`` at position t of example b, the first-order
+effect of freezing component i is ``Σ_t (c̄_t − c_bt) s_bt`` with the coordinate ``c = h · r_i`` and
+the slope ``s = w_i · g``. Summed over examples this is
 
-    ``Σ_t ā_t (v_i · Σ_b ∂L/∂y_bt) − σ_i u_iᵀ (Σ_bt x_bt (∂L/∂y_bt)ᵀ) v_i``
+    ``Σ_t c̄_t (w_i · Σ_b g_bt) − r_iᵀ (Σ_bt h_bt g_btᵀ) w_iᵀ``
 
-where all components of a matrix share the sums in brackets. So :class:`InputMeans` keeps ``Σ x``
-per position, :class:`CrossMoments` ``Σ g`` per position and ``Σ x gᵀ``, and everything is projected
-once at the end. What depends on single examples (standard errors, worst cases) needs the means
-first and is summed by :class:`EffectMoments`.
+where all components share the sums in brackets. So :class:`ActivationSums` keeps ``Σ h`` and
+``Σ g`` per position, :class:`CrossSums` ``Σ h gᵀ``, projected once at the end, or, where there is no
+room for it, its projections batch by batch. What depends on single examples (standard errors,
+worst cases) needs the means first and is summed by :class:`EffectSums`.
 
-Positions are rows of these sums; they are counted from the end of the prompt. Several columns of a
-batch may share a row.
+Rows of per-position sums are those of :class:`eigenlens.position_means.Positions`.
 Sums of two shards add: that is the whole of data-parallel scoring.
 """
 
@@ -20,14 +19,14 @@ from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import torch
-from einops import rearrange, reduce
+from einops import einsum, rearrange, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from eigenlens.matrices import split_heads
 from eigenlens.spectra import Spectrum
 
 S = TypeVar("S", bound="_Sums")
+Activation = Float[Tensor, "batch pos head width"]
 
 
 @dataclass
@@ -38,135 +37,150 @@ class _Sums:
         merged = {}
         for f in fields(self):
             one, two = getattr(self, f.name), getattr(other, f.name)
-            merged[f.name] = torch.maximum(one, two) if f.name == "worst" else one + two
+            if one is None or isinstance(one, bool):
+                merged[f.name] = one
+            else:
+                merged[f.name] = torch.maximum(one, two) if f.name == "worst" else one + two
         return type(self)(**merged)
 
 
 @dataclass
-class InputMeans(_Sums):
-    """Sum of the inputs of one matrix per position: ``Σ_b x_bt``."""
+class ActivationSums(_Sums):
+    """Sum of an activation, or of its gradient, per position: ``Σ_b h_bt``."""
 
-    total: Float[Tensor, "pos all_in"]
+    total: Float[Tensor, "row head width"]
 
     @classmethod
-    def zeros(cls, spectrum: Spectrum, n_pos: int) -> "InputMeans":
-        """Empty sums for ``n_pos`` positions."""
-        return cls(spectrum.u.new_zeros(n_pos, spectrum.matrix.flat_weight.shape[0]))
+    def zeros(cls, spectrum: Spectrum, n_rows: int) -> "ActivationSums":
+        """Empty sums for ``n_rows`` rows of positions."""
+        shape = (n_rows, spectrum.site.n_heads, spectrum.site.width)
+        return cls(torch.zeros(shape, dtype=spectrum.dtype, device=spectrum.device))
 
-    def update(self, rows: Int[Tensor, " column"], x: Float[Tensor, "batch column all_in"]) -> None:
+    def update(self, rows: Int[Tensor, " column"], h: Activation) -> None:
         """Add a batch whose columns belong to ``rows``; padding must be zero."""
-        self.total.index_add_(0, rows, x.sum(0))
-
-    def means(self, count: Int[Tensor, " pos"]) -> Float[Tensor, "pos all_in"]:
-        """Mean input per position; zero where a position was never seen."""
-        return self.total / count[:, None].clamp_min(1).to(self.total)
+        self.total.index_add_(0, rows, h.sum(0).to(self.total.dtype))
 
 
 @dataclass
-class CrossMoments(_Sums):
-    """Sums of output gradients and of their products with inputs for one matrix.
+class CrossSums(_Sums):
+    """``Σ_bt h_bt g_btᵀ``, head by head, or its projections on the components.
 
     Attributes:
-        g: ``Σ_b g_bt``, nats per output unit.
-        xg: ``Σ_bt x_bt g_btᵀ``.
+        products: the sum, where there is room for it.
+        projected: ``Σ_bt c_bt s_bt``, where there is not.
     """
 
-    g: Float[Tensor, "pos all_out"]
-    xg: Float[Tensor, "all_in all_out"]
+    products: Float[Tensor, "head width width"] | None
+    projected: Float[Tensor, "head k"] | None
 
     @classmethod
-    def zeros(cls, spectrum: Spectrum, n_pos: int) -> "CrossMoments":
-        """Empty sums for ``n_pos`` positions."""
-        shape = spectrum.matrix.flat_weight.shape
-        return cls(spectrum.u.new_zeros(n_pos, shape[1]), spectrum.u.new_zeros(shape))
+    def zeros(cls, spectrum: Spectrum, *, whole: bool) -> "CrossSums":
+        """Empty sums; ``whole`` keeps the products."""
+        options = {"dtype": spectrum.dtype, "device": spectrum.device}
+        if whole and spectrum.read is not None:
+            site = spectrum.site
+            return cls(torch.zeros(site.n_heads, site.width, site.width, **options), None)
+        return cls(None, torch.zeros(spectrum.sigma.shape, **options))
 
-    def update(
-        self,
-        rows: Int[Tensor, " column"],
-        x: Float[Tensor, "batch column all_in"],
-        g: Float[Tensor, "batch column all_out"],
-    ) -> None:
-        """Add a batch whose columns belong to ``rows``; padding must be zero."""
-        self.g.index_add_(0, rows, g.sum(0))
-        self.xg.addmm_(rearrange(x, "b p d -> d (b p)"), rearrange(g, "b p d -> (b p) d"))
+    def update(self, spectrum: Spectrum, h: Activation, g: Activation) -> None:
+        """Add a batch; padding must be zero."""
+        h, g = h.to(spectrum.dtype), g.to(spectrum.dtype)
+        if self.products is None:
+            assert self.projected is not None
+            self.projected += (spectrum.coordinates(h) * spectrum.slopes(g)).sum((0, 1))
+        elif len(self.products) == 1:
+            self.products[0].addmm_(
+                rearrange(h, "b p 1 x -> x (b p)"), rearrange(g, "b p 1 y -> (b p) y")
+            )
+        else:
+            self.products.baddbmm_(
+                rearrange(h, "b p head x -> head x (b p)"),
+                rearrange(g, "b p head y -> head (b p) y"),
+            )
 
-    def effects(
-        self, spectrum: Spectrum, n_examples: int, means: Float[Tensor, "pos head rank"] | None
-    ) -> Float[Tensor, "head rank"]:
-        """Mean first-order effect of freezing each component, in nats.
-
-        Args:
-            spectrum: directions to project on.
-            n_examples: number of examples summed.
-            means: mean projected activations for the mean reference; ``None`` for references that
-                were taken off ``x`` before (resample) or are zero.
-        """
-        matrix = spectrum.matrix
-        products = split_heads(self.xg, matrix.n_heads, matrix.head_axis)
-        projected = (spectrum.u.transpose(-1, -2) @ products * spectrum.vh).sum(-1)
-        total = -spectrum.sigma * projected
-        if means is not None:
-            total = total + (means * spectrum.writes(self.g)).sum(0)
-        return total / n_examples
+    def on(self, spectrum: Spectrum) -> Float[Tensor, "head k"]:
+        """``Σ_bt c_bt s_bt`` of every component."""
+        if self.products is None:
+            assert self.projected is not None
+            return self.projected
+        assert spectrum.read is not None and spectrum.write is not None
+        return einsum(
+            spectrum.read.mT @ self.products, spectrum.write, "head k x, head k x -> head k"
+        )
 
 
 @dataclass
-class EffectMoments(_Sums):
-    """Sums over examples of single effects ``e_b = Σ_t (ā_t − a_bt) g_bt``.
+class EffectSums(_Sums):
+    """Sums over examples of single effects ``e_b = Σ_t (c̄_t − c_bt) s_bt``, in nats.
 
     Attributes:
-        total: ``Σ_b e_b``, nats.
+        total: ``Σ_b e_b``.
         square: ``Σ_b e_b²``.
+        margin: ``Σ_b`` of the :func:`margin_effect` of each example.
+        margin_square: ``Σ_b`` of its square.
         position_square: ``Σ_bt e_bt²`` of the effects at single positions.
-        margin: ``Σ_b`` of the :func:`margin_effect` of each example, nats.
-        worst: largest ``(ā_t − a_bt) g_bt`` over examples and the positions that vary.
+        worst: largest ``(c̄_t − c_bt) s_bt`` over examples and the positions that vary.
+
+    The last two are kept only where single positions are asked for.
     """
 
-    total: Float[Tensor, "head rank"]
-    square: Float[Tensor, "head rank"]
-    position_square: Float[Tensor, "head rank"]
-    margin: Float[Tensor, "head rank"]
-    worst: Float[Tensor, "head rank"]
+    total: Float[Tensor, "head k"]
+    square: Float[Tensor, "head k"]
+    margin: Float[Tensor, "head k"]
+    margin_square: Float[Tensor, "head k"]
+    position_square: Float[Tensor, "head k"] | None = None
+    worst: Float[Tensor, "head k"] | None = None
 
     @classmethod
-    def zeros(cls, spectrum: Spectrum) -> "EffectMoments":
+    def zeros(cls, spectrum: Spectrum, *, by_position: bool) -> "EffectSums":
         """Empty sums."""
-        zero = torch.zeros_like(spectrum.sigma)
-        margin = zero.to(torch.float64, copy=True)
-        return cls(zero, zero.clone(), zero.clone(), margin, torch.full_like(zero, -torch.inf))
+        zero = torch.zeros(spectrum.sigma.shape, dtype=spectrum.dtype, device=spectrum.device)
+        sums = [zero.clone() for _ in range(4)]
+        if not by_position:
+            return cls(*sums)
+        return cls(*sums, zero, torch.full_like(zero, -torch.inf))
 
     def update(
         self,
-        effect: Float[Tensor, "batch pos head rank"],
+        effect: Float[Tensor, "batch pos head k"],
         varies: Bool[Tensor, "batch pos"],
         loss: Float[Tensor, " batch"],
     ) -> None:
         """Add a batch of effects; padding must be zero, and is not among what ``varies``."""
-        example = reduce(effect, "batch pos head rank -> batch head rank", "sum")
+        example = reduce(effect, "batch pos head k -> batch head k", "sum")
         self.total += example.sum(0)
         self.square += example.square().sum(0)
-        self.position_square += effect.square().sum((0, 1))
-        self.margin += margin_effect(example, loss).sum(0)
-        candidates = effect[varies]
-        if len(candidates):
-            self.worst = torch.maximum(self.worst, candidates.amax(0))
+        margin = margin_effect(example, loss)
+        self.margin += margin.sum(0)
+        self.margin_square += margin.square().sum(0)
+        if self.worst is not None and self.position_square is not None:
+            self.position_square += effect.square().sum((0, 1))
+            here = effect.masked_fill(~varies[..., None, None], -torch.inf)
+            self.worst = torch.maximum(self.worst, here.amax((0, 1)))
 
-    def std(self, n_examples: int) -> Float[Tensor, "head rank"]:
-        """Standard deviation of the effect over examples (``n − 1`` in the denominator)."""
-        spread = self.square - self.total.square() / n_examples
-        return (spread.clamp_min(0) / max(1, n_examples - 1)).sqrt()
+
+def spread(total: Tensor, square: Tensor, n_examples: int) -> Tensor:
+    """Standard deviation over examples (``n − 1`` in the denominator) from a sum and its squares."""
+    variance = (square - total.square() / n_examples).clamp_min(0) / max(1, n_examples - 1)
+    return variance.sqrt()
 
 
 def margin_effect(
-    effect: Float[Tensor, "batch head rank"], loss: Float[Tensor, " batch"]
-) -> Float[Tensor, "batch head rank"]:
+    effect: Float[Tensor, "batch *component"], loss: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch *component"]:
     """Change of a negative log-likelihood if freezing moves the answer's log-odds linearly.
 
     An example of loss L has the log-odds ``m = log p − log(1 − p)``, ``p = e^−L``. Its first-order
-    effect e moves them by ``−e / (1 − p)``, and the loss is exactly ``log(1 + e^−m)``: bounded
-    below by zero, straight where the answer is wrong, curved where it is in the balance.
+    effect e moves them by ``−δ`` with ``δ = e / (1 − p)``, and the loss changes by exactly
+    ``log(p + (1 − p) e^δ)``: bounded below by −L, straight where the answer is wrong, curved where
+    it is in the balance. Where the loss is too small for log-odds to be told
+    (:func:`eigenlens.metrics.answer_loss` gives it to its own rounding), it is the effect itself.
     """
-    loss = loss.double().clamp_min(1e-12)[:, None, None]
-    wrong = -torch.expm1(-loss)  # 1 − p
-    odds = -loss - wrong.log() - effect.double() / wrong
-    return torch.nn.functional.softplus(-odds) - loss
+    loss = loss.to(effect.dtype).reshape(-1, *[1] * (effect.ndim - 1))
+    told = loss > 1e-30
+    wrong = torch.where(told, -torch.expm1(-loss), 1)  # 1 − p
+    delta = effect / wrong
+    # The first form loses nothing of small changes, the second does not overflow.
+    small = torch.log1p(wrong * torch.expm1(delta.clamp(-1, 1)))
+    large = torch.logaddexp(-loss, wrong.log() + delta)
+    return torch.where(told, torch.where(delta.abs() < 1, small, large), effect)

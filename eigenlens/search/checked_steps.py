@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import Evaluation, evaluate
-from eigenlens.freezing import Freeze, FrozenSet, freeze
+from eigenlens.freezing import Freeze, freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.scoring import Scores
 from eigenlens.search.protection import Protection
 from eigenlens.search.ranking import harmful, scores_under, step_size

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import Evaluation, evaluate
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.gates import Gates, faster_products
 from eigenlens.scoring import Scores
 from eigenlens.search.protection import Protection

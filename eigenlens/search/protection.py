@@ -18,7 +18,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import Evaluation, evaluate
-from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.gates import Gates
 from eigenlens.metrics import Metric, answer_logits, kl_to_unedited
 from eigenlens.tasks.batches import Batch, make_batches

@@ -4,7 +4,8 @@ import numpy as np
 from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.scoring import CRITERIA, Scores, score
 
 

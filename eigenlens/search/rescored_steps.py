@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import Evaluation, evaluate
-from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.scoring import Scores
 from eigenlens.search.ranking import harmful, scores_under, step_size
 from eigenlens.search.result import Checkpoint, SearchResult, best_step, trace_row

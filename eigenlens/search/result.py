@@ -14,10 +14,10 @@ from torch import Tensor
 
 from eigenlens.evaluation import Evaluation
 from eigenlens.files import load_table, load_tensors, save_table, save_tensors
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
-from eigenlens.scoring.scores import COMPONENT
+from eigenlens.spectra import COMPONENT
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pydantic import Field
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import evaluate
-from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.scoring import Scores
 from eigenlens.search.result import SearchResult, best_step, trace_row
 from eigenlens.selection import Within, select

@@ -17,7 +17,8 @@ from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
-from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.paper.studies.result import ExperimentResult, share
 from eigenlens.plots.style import (
@@ -33,7 +34,8 @@ from eigenlens.plots.style import (
 from eigenlens.scoring import Scores, score
 from eigenlens.search import Protection, guarded, iterative, learned
 from eigenlens.selection import select
-from eigenlens.spectra import Spectra, decompose
+from eigenlens.decomposition import decompose
+from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
 
 QUESTION = "Does freezing uncover a computation that a model has but does not use?"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from eigenlens.baselines import Baseline, make_baseline
 from eigenlens.errors import problems
 from eigenlens.files import read_yaml
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.tasks import TASKS
 
 CONFIGS = Path(__file__).parent / "configs"

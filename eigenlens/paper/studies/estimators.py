@@ -19,7 +19,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.evaluation import evaluate, wilson_interval
 from eigenlens.exact import exact_effects
 from eigenlens.faithfulness import agreement, stratified_sample, top_k
-from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.paper.released_code import (
     ReferenceCode,
@@ -32,7 +33,8 @@ from eigenlens.plots.style import BLUE, FULL_WIDTH, ORANGE, TEMPLATE
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES, integrated, refined
 from eigenlens.scoring import Scores, score
 from eigenlens.search import one_shot
-from eigenlens.spectra import Spectra, decompose
+from eigenlens.decomposition import decompose
+from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
 
 QUESTION = "How true is each estimator, and what does each deviation of the released code do?"

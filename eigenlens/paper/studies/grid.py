@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines import Edit, FitResult, FrozenEdit, load_edit, measure
 from eigenlens.evaluation import Evaluation, majority_accuracy, perplexity
-from eigenlens.freezing import FrozenSet
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.monitors import output_statistics
 from eigenlens.paper.studies.config import CONFIGS, Data, Method, Setting, StudyConfig
@@ -27,7 +27,8 @@ from eigenlens.paper.studies.result import ExperimentResult, Parts
 from eigenlens.paper.studies.study import Study
 from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
-from eigenlens.spectra import Spectra, decompose
+from eigenlens.decomposition import decompose
+from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
 
 _SEEDS_PER_DRAW = 1000  # seeds of two draws never meet

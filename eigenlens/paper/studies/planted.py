@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.evaluation import evaluate
-from eigenlens.freezing import FrozenSet, freeze
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import WeightMatrix, split_heads
 from eigenlens.models import load_model
 from eigenlens.paper.studies.result import ExperimentResult

@@ -36,7 +36,8 @@ from eigenlens.plots.style import (
 from eigenlens.refinement import REFINED_EXAMPLES, refined
 from eigenlens.scoring import Scores, score
 from eigenlens.search import SearchResult, guarded, iterative, learned, one_shot
-from eigenlens.spectra import Spectra, decompose
+from eigenlens.decomposition import decompose
+from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
 
 QUESTION = "What does each search reach at the same number of passes?"

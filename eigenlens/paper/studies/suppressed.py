@@ -23,7 +23,7 @@ from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, TEMPLATE, VERMILION
 from eigenlens.scoring import Scores, score
 from eigenlens.selection import select
-from eigenlens.spectra import decompose
+from eigenlens.decomposition import decompose
 from eigenlens.tasks import load_task
 
 QUESTION = "Is the path of the suppressed reading real: do cuts change the loss as the graph says?"

@@ -1,0 +1,173 @@
+"""``decompose``: the components of every matrix of a model, in one of several bases."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from datasets import Dataset
+from einops import einsum
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens import bases
+from eigenlens import cache as disk
+from eigenlens.matrices import JOINT_KINDS, Site, WeightMatrix, weight_matrices
+from eigenlens.passes import Activation, FiniteCheck, record, without_padding
+from eigenlens.provenance import Provenance, tensor_hash
+from eigenlens.spectra import Spectra, Spectrum
+from eigenlens.tasks.batches import make_batches
+
+Basis = Literal["svd", "qk_ov", "random", "neurons", "pca"]
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def decompose(
+    model: TransformerBridge,
+    matrices: Iterable[str] | None = None,
+    layers: Iterable[int] | None = None,
+    *,
+    basis: Basis | str = "svd",
+    data: Dataset | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    cache: bool = True,
+    progress: bool = True,
+) -> Spectra:
+    """Components of every weight matrix, per head for attention.
+
+    Args:
+        model: a dense transformer.
+        matrices: kinds (``W_Q`` … ``W_out``); default all. For ``qk_ov`` they are ``QK`` and
+            ``OV``; ``neurons`` has ``W_out`` only.
+        layers: block indices; default all.
+        basis: what the components are (:mod:`eigenlens.bases`).
+        data: examples that ``pca`` takes the activations on.
+        seed: of the ``random`` basis.
+        dtype: of the directions, ``"float32"`` or ``"float64"``; default float64 for float64
+            models, else float32. They are found in float64 either way.
+        cache: keep singular bases in the user's cache, keyed by the weight's hash
+            (:mod:`eigenlens.cache`). Turn it off for weights that are thrown away.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an unknown basis, matrix kind, layer or dtype; NaN or infinite weights; ``pca``
+            without data.
+        UnsupportedModelError: the model has blocks without dense matrices.
+    """
+    if basis not in get_args(Basis):
+        raise ValueError(f"Unknown basis {basis!r}; choose from {', '.join(get_args(Basis))}.")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be 'float32' or 'float64', not {dtype!r}.")
+    if (basis == "pca") != (data is not None):
+        raise ValueError("basis='pca' needs data=, and no other basis takes any.")
+    makers = _makers(model, matrices, layers, basis, data, seed, _DTYPES.get(dtype or ""), cache)
+    bar = tqdm(makers, desc="decompose", unit="matrix", disable=not progress)
+    spectra = Spectra([make() for make in bar], Provenance.of(model), basis, seed)
+    if cache:
+        disk.trim()
+    return spectra
+
+
+def _makers(
+    model: TransformerBridge,
+    matrices: Iterable[str] | None,
+    layers: Iterable[int] | None,
+    basis: str,
+    data: Dataset | None,
+    seed: int,
+    dtype: torch.dtype | None,
+    cached: bool,
+) -> list[Callable[[], Spectrum]]:
+    """What makes each decomposition, in the order of the model."""
+    if basis == "qk_ov":
+        kinds = _joint_kinds(matrices)
+        queries = weight_matrices(model, ["W_Q"], layers)
+        _check_finite(weight_matrices(model, ["W_Q", "W_K", "W_V", "W_O"], layers))
+        return [
+            partial(bases.joint, model, m.layer, kind, dtype or working_dtype(m))
+            for m in queries
+            for kind in kinds
+        ]
+    if basis == "neurons" and matrices is None:
+        matrices = ["W_out"]
+    found = weight_matrices(model, matrices, layers)
+    _check_finite(found)
+    if basis == "neurons":
+        if any(m.kind != "W_out" for m in found):
+            raise ValueError("basis='neurons' is that of the input of W_out: name no other matrix.")
+        return [partial(bases.neurons, m, dtype or working_dtype(m)) for m in found]
+    if basis == "random":
+        return [partial(bases.random, m, dtype or working_dtype(m), seed) for m in found]
+    if basis == "pca":
+        assert data is not None
+        axes = _covariances(model, [m.site for m in found], data)
+        return [partial(bases.principal, m, dtype or working_dtype(m), axes[m.name]) for m in found]
+    make = _cached_svd if cached else bases.svd
+    return [partial(make, m, dtype or working_dtype(m)) for m in found]
+
+
+def working_dtype(matrix: WeightMatrix) -> torch.dtype:
+    """In which coordinates of this matrix are computed and summed."""
+    return torch.promote_types(matrix.flat_weight.dtype, torch.float32)
+
+
+def _joint_kinds(matrices: Iterable[str] | None) -> tuple[str, ...]:
+    if matrices is None:
+        return JOINT_KINDS
+    kinds = (matrices,) if isinstance(matrices, str) else tuple(matrices)
+    unknown = [kind for kind in kinds if kind not in JOINT_KINDS]
+    if unknown or not kinds:
+        raise ValueError(
+            f"basis='qk_ov' has the joint maps {' and '.join(JOINT_KINDS)}, "
+            f"not {', '.join(unknown) or '(none)'}."
+        )
+    return kinds
+
+
+def _check_finite(matrices: Iterable[WeightMatrix]) -> None:
+    for matrix in matrices:
+        if not torch.isfinite(matrix.flat_weight).all():
+            raise ValueError(
+                f"{matrix.name} holds NaN or infinite values; it has no decomposition."
+            )
+
+
+def _cached_svd(matrix: WeightMatrix, dtype: torch.dtype) -> Spectrum:
+    name = str(dtype).removeprefix("torch.")
+    key = f"{tensor_hash(matrix.weight)}-{matrix.side}-{name}"
+    found: list[Spectrum] = []
+
+    def make() -> dict[str, torch.Tensor]:
+        found.append(bases.svd(matrix, dtype))
+        assert found[0].read is not None
+        return {"basis": found[0].read, "sigma": found[0].sigma}
+
+    tensors = disk.kept(key, make)
+    if found:
+        return found[0]
+    device = matrix.flat_weight.device
+    basis, sigma = tensors["basis"], tensors["sigma"]
+    return bases.orthonormal(matrix.site, basis, sigma, dtype, device, bases.RESOLUTION)
+
+
+def _covariances(
+    model: TransformerBridge, sites: Sequence[Site], data: Dataset, batch_size: int = 50
+) -> dict[str, torch.Tensor]:
+    """Covariance of each site's activation over the tokens of ``data``, head by head."""
+    total: dict[str, torch.Tensor] = {}
+    square: dict[str, torch.Tensor] = {}
+    finite = FiniteCheck()
+    batches = make_batches(data, model, batch_size)
+    for batch in batches:
+
+        def add(site: Site, h: Activation, batch=batch) -> None:  # type: ignore[no-untyped-def]
+            h = bases.precise_weight(without_padding(h, batch))
+            outer = einsum(h, h, "b p head x, b p head y -> head x y")
+            total[site.name] = total.get(site.name, 0) + h.sum((0, 1))
+            square[site.name] = square.get(site.name, 0) + outer
+
+        record(model, sites, batch, add, finite)
+    finite.check()
+    count = int(sum(batch.attention_mask.sum() for batch in batches))
+    return {name: bases.merged_covariance(total[name], square[name], count) for name in total}

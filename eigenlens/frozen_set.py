@@ -1,0 +1,239 @@
+"""``FrozenSet``: which components an edit freezes, how strongly, and what takes their place."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.decomposition import decompose
+from eigenlens.files import FileFormatError, load_tensors, save_tensors
+from eigenlens.matrices import KINDS, Site
+from eigenlens.position_means import PositionMeans
+from eigenlens.provenance import Provenance, model_fingerprint
+from eigenlens.scoring.scores import Scores
+from eigenlens.spectra import COMPONENT, Directions, Spectra
+
+
+class WrongModelError(ValueError):
+    """A FrozenSet was made for a model with other weights."""
+
+
+@dataclass(frozen=True)
+class FrozenSet:
+    """Components to freeze, with the mean coordinates that take their place.
+
+    Attributes:
+        components: one row each: ``layer, matrix, head, index, strength``; strength in (0, 1].
+        means: their mean coordinates.
+        n_candidates: how many components were chosen from.
+        provenance: model, task, seed and versions.
+        basis: that they are components of.
+        seed: of a ``random`` basis.
+        spectra: the directions; without them they follow from the weights.
+        directions: those of these components alone, by site, from a file that carries them.
+    """
+
+    components: pd.DataFrame
+    means: PositionMeans
+    n_candidates: int
+    provenance: Provenance
+    basis: str = "svd"
+    seed: int | None = None
+    spectra: Spectra | None = field(default=None, repr=False, compare=False)
+    directions: Mapping[str, Directions] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        strength = self.components["strength"]
+        if len(strength) and not ((strength > 0) & (strength <= 1)).all():
+            raise ValueError("Every strength must lie in (0, 1]; leave out what is not frozen.")
+        if self.components.duplicated(COMPONENT).any():
+            raise ValueError("A component is listed twice.")
+
+    def __len__(self) -> int:
+        return len(self.components)
+
+    @classmethod
+    def from_scores(
+        cls, scores: Scores, rows: np.ndarray, strength: np.ndarray | float = 1.0
+    ) -> "FrozenSet":
+        """Freeze the components in these ``rows`` of ``scores.components``."""
+        return cls(
+            components=scores.components[COMPONENT]
+            .iloc[rows]
+            .assign(strength=strength)
+            .reset_index(drop=True),
+            means=scores.means[rows],
+            n_candidates=len(scores),
+            provenance=scores.provenance,
+            basis=scores.basis,
+            seed=scores.basis_seed,
+            spectra=scores.spectra,
+        )
+
+    @property
+    def fraction(self) -> float:
+        """Share of the components chosen from that is frozen."""
+        return len(self) / self.n_candidates
+
+    @property
+    def edit(self) -> str:
+        """What becomes of the components: ``frozen``, ``attenuated`` if any strength is below 1."""
+        return "frozen" if (self.components["strength"] == 1).all() else "attenuated"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Columns ``layer, matrix, head, index, strength``."""
+        return self.components.copy()
+
+    def _repr_html_(self) -> str:
+        by_matrix = self.components.pivot_table(
+            index="layer", columns="matrix", values="index", aggfunc="count", fill_value=0
+        )
+        kind = "one mean for all positions" if self.means.is_shared else "means by position"
+        note = (
+            f"{len(self):,} of {self.n_candidates:,} components {self.edit} ({self.fraction:.2%}), "
+            f"{kind}"
+        )
+        return f"<p>{note}; how many per layer and matrix:</p>{by_matrix.to_html()}"
+
+    def by_site(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Names of the matrices and the rows that lie in each."""
+        groups = self.components.groupby(["layer", "matrix"], sort=False).indices
+        for (layer, kind), rows in groups.items():
+            yield f"blocks.{layer}.{kind}", rows
+
+    def directions_on(self, model: TransformerBridge) -> dict[str, Directions]:
+        """Directions of these components, by site, where the model at hand has its weights.
+
+        Raises:
+            WrongModelError: the set belongs to other weights.
+            ValueError: its directions follow from data that are not here (``pca``).
+        """
+        self.check_model(model)
+        if self.directions is None and self.spectra is None and len(self):
+            if self.basis == "pca":
+                raise ValueError(
+                    "The directions of a pca basis follow from data, and this set holds none."
+                )
+            kinds, layers = (sorted(set(self.components[name])) for name in ("matrix", "layer"))
+            options = {"basis": self.basis, "seed": self.seed or 0}
+            spectra = decompose(model, kinds, layers, **options, progress=False)
+            return replace(self, spectra=spectra).directions_on(model)
+        return {
+            name: own.to(own.site.find(model).flat_weight.device)
+            for name, own in self._directions().items()
+        }
+
+    def _directions(self) -> Mapping[str, Directions]:
+        if self.directions is not None or self.spectra is None:
+            return self.directions or {}
+        head, index = (self.components[name].to_numpy() for name in ("head", "index"))
+        return {
+            name: self.spectra[name].subset(head[rows], index[rows])
+            for name, rows in self.by_site()
+        }
+
+    def save(self, path: str | os.PathLike[str], *, directions: bool = False) -> None:
+        """Write one safetensors file.
+
+        Args:
+            path: the file.
+            directions: write the components' directions into it, so that whoever reads it need not
+                decompose the model. A ``pca`` basis, which does not follow from the weights, always
+                is.
+
+        Raises:
+            ValueError: directions are wanted and not here.
+        """
+        c = self.components
+        tensors = {
+            "layer": torch.tensor(c["layer"].to_numpy(np.int32)),
+            "matrix": torch.tensor([KINDS.index(kind) for kind in c["matrix"]]).int(),
+            "head": torch.tensor(c["head"].to_numpy(np.int32)),
+            "index": torch.tensor(c["index"].to_numpy(np.int32)),
+            "strength": torch.tensor(c["strength"].to_numpy(np.float64)),
+            **{name: torch.tensor(values) for name, values in self.means.arrays().items()},
+        }
+        metadata: dict[str, Any] = {
+            **self.means.header(),
+            "n_candidates": self.n_candidates,
+            "basis": self.basis,
+            "basis_seed": self.seed,
+            "provenance": self.provenance.model_dump(),
+        }
+        if directions or self.basis == "pca":
+            if self.directions is None and self.spectra is None and len(self):
+                raise ValueError("This set holds no directions to save.")
+            own = self._directions()
+            metadata["sites"] = {name: list(astuple(d.site)) for name, d in own.items()}
+            for name, d in own.items():
+                tensors |= {f"{name}.{part}": value for part, value in d.tensors().items()}
+        save_tensors(path, "frozen set", tensors, metadata)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: TransformerBridge | None = None
+    ) -> "FrozenSet":
+        """Read back what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            model: refuse the file unless it belongs to these weights.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: the file is truncated or foreign.
+            WrongModelError: it belongs to a model with other weights.
+        """
+        tensors, metadata = load_tensors(path, "frozen set")
+        try:
+            frozen = cls._read(tensors, metadata)
+        except (KeyError, IndexError) as error:
+            raise FileFormatError(f"{path} lacks {error}.") from error
+        if model is not None:
+            frozen.check_model(model)
+        return frozen
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> "FrozenSet":
+        components = pd.DataFrame(
+            {
+                "layer": tensors["layer"].long().numpy(),
+                "matrix": [KINDS[kind] for kind in tensors["matrix"].tolist()],
+                "head": tensors["head"].long().numpy(),
+                "index": tensors["index"].long().numpy(),
+                "strength": tensors["strength"].numpy(),
+            }
+        )
+        arrays = {name: tensors[name].numpy() for name in ("mean", "fallback", "count")}
+        directions = None
+        if "sites" in metadata:
+            directions = {
+                name: Directions.of_tensors(Site(*site), tensors, name)
+                for name, site in metadata["sites"].items()
+            }
+        return cls(
+            components=components,
+            means=PositionMeans.read(arrays, metadata),
+            n_candidates=metadata["n_candidates"],
+            provenance=Provenance(**metadata["provenance"]),
+            basis=metadata["basis"],
+            seed=metadata["basis_seed"],
+            directions=directions,
+        )
+
+    def check_model(self, model: TransformerBridge) -> None:
+        """Raise :class:`WrongModelError` unless this set belongs to the weights of ``model``."""
+        made_for = self.provenance.model_fingerprint
+        found = model_fingerprint(model)
+        if made_for != found:
+            raise WrongModelError(
+                f"This FrozenSet was made for {self.provenance.model!r} with the fingerprint "
+                f"{made_for[:8]}…, but the model at hand has {found[:8]}…: "
+                "other weights or another dtype. Score and select on this model."
+            )
