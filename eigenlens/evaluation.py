@@ -211,6 +211,14 @@ def _choices(
     return pd.DataFrame({"choice": best["text"], "choice_correct": best["right"]})
 
 
+def preference(accuracy: float, loss: float, components: int = 0) -> tuple[float, ...]:
+    """The rule of every choice on validation data: the larger is preferred.
+
+    Highest exact-match accuracy, then lowest loss, then fewest components.
+    """
+    return (accuracy, -loss, -components)
+
+
 def perplexity(model: TransformerBridge, data: Dataset, *, batch_size: int = 50) -> float:
     """``exp`` of the mean negative log-likelihood of an answer token, over all of ``data``.
 
