@@ -14,15 +14,11 @@ from datasets import Dataset
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedTokenizerBase
 
+from eigenlens.inputs import check_data, check_model
+from eigenlens.tasks.tokenising import Encoded, tokenise
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one example."""
-
-    prompt: list[int]
-    answer: list[int]
+_PADDING = 0  # masked: any token of the vocabulary will do
 
 
 @dataclass(frozen=True)
@@ -64,33 +60,6 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def tokenise(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool = False
-) -> list[Encoded]:
-    """Token ids of every example of ``data``.
-
-    Prompt and answer are tokenised together where that splits at their border (as the text would
-    be read), and on their own otherwise.
-
-    Raises:
-        ValueError: an example whose prompt or answer tokenises to nothing.
-    """
-    prompts, answers = list(data["prompt"]), list(data["answer"])
-    bos = [tokenizer.bos_token_id] if prepend_bos else []
-    encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
-    alone = encode(prompts)
-    joint = encode([p + a for p, a in zip(prompts, answers, strict=True)])
-    encoded = []
-    for row, (prompt, both) in enumerate(zip(alone, joint, strict=True)):
-        fits = both[: len(prompt)] == prompt
-        answer = both[len(prompt) :] if fits else encode([answers[row]])[0]
-        if not answer or not (bos or prompt):
-            part = "answer" if not answer else "prompt"
-            raise ValueError(f"Example {row}: the {part} {data[row][part]!r} tokenises to nothing.")
-        encoded.append(Encoded(bos + prompt, answer))
-    return encoded
-
-
 def make_batches(
     data: Dataset,
     model: TransformerBridge,
@@ -108,9 +77,13 @@ def make_batches(
         smallest: fewest examples in a batch; batches grow a little where needed.
 
     Raises:
-        ValueError: ``batch_size`` below ``smallest``, no or fewer than ``smallest`` examples, an
-            example longer than the model's context, or one that tokenises to nothing.
+        ValueError: no ``Dataset`` of prompts and answers, no ``TransformerBridge``, or one without
+            a tokenizer; ``batch_size`` below ``smallest``, no or fewer than ``smallest`` examples;
+            an example that does not tokenise, is longer than the model's context, or has a token
+            that the model does not.
     """
+    check_model(model)
+    check_data(data)
     if len(data) == 0:
         raise ValueError("The data set is empty.")
     if batch_size < max(1, smallest) or len(data) < smallest:
@@ -118,21 +91,35 @@ def make_batches(
             f"batch_size={batch_size} with {len(data)} examples: "
             f"batches of at least {max(1, smallest)} are needed here."
         )
+    if model.tokenizer is None:
+        raise ValueError("The model has no tokenizer: set model.tokenizer.")
     encoded = tokenise(data, model.tokenizer, prepend_bos=bool(model.cfg.default_prepend_bos))
     _check_context(encoded, model.cfg.n_ctx)
-    pad = model.tokenizer.pad_token_id or 0
+    _check_vocabulary(encoded, model)
     return [
-        _collate(encoded, rows, pad).to(model.cfg.device)
+        _collate(encoded, rows).to(model.cfg.device)
         for rows in _chunks(encoded, batch_size, smallest)
     ]
 
 
 def _check_context(encoded: Sequence[Encoded], n_ctx: int) -> None:
     for row, example in enumerate(encoded):
-        length = len(example.prompt) + len(example.answer)
-        if length > n_ctx:
+        if example.n_read > n_ctx:
             raise ValueError(
-                f"Example {row} has {length} tokens, but the model's context holds {n_ctx}."
+                f"Example {row} has {example.n_read} tokens to read (prompt and answer without "
+                f"its last one), but the model's context holds {n_ctx}."
+            )
+
+
+def _check_vocabulary(encoded: Sequence[Encoded], model: TransformerBridge) -> None:
+    n_rows = len(model.W_E)
+    for row, example in enumerate(encoded):
+        token = max(example.prompt + example.answer)
+        if token >= n_rows:
+            name = model.tokenizer.convert_ids_to_tokens(token)
+            raise ValueError(
+                f"Example {row} has the token {name!r} of id {token}, but the model's embedding "
+                f"has {n_rows} rows: this tokenizer is not the model's, or has tokens added."
             )
 
 
@@ -144,11 +131,11 @@ def _chunks(encoded: Sequence[Encoded], batch_size: int, smallest: int) -> Itera
     return (chunk.tolist() for chunk in np.array_split(order, n_batches))
 
 
-def _collate(encoded: Sequence[Encoded], rows: list[int], pad: int) -> Batch:
+def _collate(encoded: Sequence[Encoded], rows: list[int]) -> Batch:
     n_prompt = max(len(encoded[row].prompt) for row in rows)
     n_answer = max(len(encoded[row].answer) for row in rows)
-    tokens = torch.full((len(rows), n_prompt + n_answer - 1), pad)
-    answer = torch.full((len(rows), n_answer), pad)
+    tokens = torch.full((len(rows), n_prompt + n_answer - 1), _PADDING)
+    answer = torch.full((len(rows), n_answer), _PADDING)
     for line, row in enumerate(rows):
         prompt, reply = encoded[row].prompt, encoded[row].answer
         first, last = n_prompt - len(prompt), n_prompt + len(reply) - 1
