@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TEXTS = ("string", "large_string", "string_view")
 
@@ -22,6 +22,17 @@ def check_model(model: object) -> None:
     else:
         advice = "what eigenlens.load_model returns"
     raise ValueError(f"The model is a {_kind(model)} and no TransformerBridge: pass {advice}.")
+
+
+def tokenizer_of(model: TransformerBridge) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if model.tokenizer is None:
+        raise ValueError("The model has no tokenizer: set model.tokenizer.")
+    return model.tokenizer
 
 
 def check_data(data: object) -> None:

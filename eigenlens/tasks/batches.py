@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.inputs import check_data, check_model
+from eigenlens.inputs import check_data, check_model, tokenizer_of
 from eigenlens.tasks.tokenising import Encoded, tokenise
 
 _PADDING = 0  # masked: any token of the vocabulary will do
@@ -66,6 +66,7 @@ def make_batches(
     batch_size: int,
     *,
     smallest: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> list[Batch]:
     """Tokenise ``data`` for ``model`` and cut it into batches of similar length.
 
@@ -75,6 +76,7 @@ def make_batches(
             is prepended (``model.cfg.default_prepend_bos``).
         batch_size: most examples in a batch.
         smallest: fewest examples in a batch; batches grow a little where needed.
+        rows: numbers of the examples in messages; by default their places in ``data``.
 
     Raises:
         ValueError: no ``Dataset`` of prompts and answers, no ``TransformerBridge``, or one without
@@ -91,36 +93,33 @@ def make_batches(
             f"batch_size={batch_size} with {len(data)} examples: "
             f"batches of at least {max(1, smallest)} are needed here."
         )
-    if model.tokenizer is None:
-        raise ValueError("The model has no tokenizer: set model.tokenizer.")
-    encoded = tokenise(data, model.tokenizer, prepend_bos=bool(model.cfg.default_prepend_bos))
-    _check_context(encoded, model.cfg.n_ctx)
-    _check_vocabulary(encoded, model)
+    bos = bool(model.cfg.default_prepend_bos)
+    encoded = tokenise(data, tokenizer_of(model), prepend_bos=bos, rows=rows)
+    for row, example in enumerate(encoded) if rows is None else zip(rows, encoded, strict=True):
+        _check_context(row, example, model.cfg.n_ctx)
+        _check_vocabulary(row, example, model)
     return [
-        _collate(encoded, rows).to(model.cfg.device)
-        for rows in _chunks(encoded, batch_size, smallest)
+        _collate(encoded, chunk).to(model.cfg.device)
+        for chunk in _chunks(encoded, batch_size, smallest)
     ]
 
 
-def _check_context(encoded: Sequence[Encoded], n_ctx: int) -> None:
-    for row, example in enumerate(encoded):
-        if example.n_read > n_ctx:
-            raise ValueError(
-                f"Example {row} has {example.n_read} tokens to read (prompt and answer without "
-                f"its last one), but the model's context holds {n_ctx}."
-            )
+def _check_context(row: int, example: Encoded, n_ctx: int) -> None:
+    if example.n_read > n_ctx:
+        raise ValueError(
+            f"Example {row} has {example.n_read} tokens to read (prompt and answer without its "
+            f"last one), but the model's context holds {n_ctx}."
+        )
 
 
-def _check_vocabulary(encoded: Sequence[Encoded], model: TransformerBridge) -> None:
-    n_rows = len(model.W_E)
-    for row, example in enumerate(encoded):
-        token = max(example.prompt + example.answer)
-        if token >= n_rows:
-            name = model.tokenizer.convert_ids_to_tokens(token)
-            raise ValueError(
-                f"Example {row} has the token {name!r} of id {token}, but the model's embedding "
-                f"has {n_rows} rows: this tokenizer is not the model's, or has tokens added."
-            )
+def _check_vocabulary(row: int, example: Encoded, model: TransformerBridge) -> None:
+    token, n_rows = max(example.prompt + example.answer), len(model.W_E)
+    if token >= n_rows:
+        name = model.tokenizer.convert_ids_to_tokens(token)
+        raise ValueError(
+            f"Example {row} has the token {name!r} of id {token}, but the model's embedding has "
+            f"{n_rows} rows: this tokenizer is not the model's, or has tokens added."
+        )
 
 
 def _chunks(encoded: Sequence[Encoded], batch_size: int, smallest: int) -> Iterator[list[int]]:

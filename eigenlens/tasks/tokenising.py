@@ -36,9 +36,19 @@ class Encoded:
 
 
 def tokenise(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool = False
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prepend_bos: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> list[Encoded]:
     """Token ids of every example of ``data``.
+
+    Args:
+        data: columns ``prompt`` and ``answer``.
+        tokenizer: the model's.
+        prepend_bos: begin each prompt with the beginning-of-sequence token.
+        rows: numbers of the examples in messages; by default their places in ``data``.
 
     Raises:
         ValueError: an example whose prompt or answer is missing or tokenises to nothing, or whose
@@ -51,30 +61,27 @@ def tokenise(
             "set model.cfg.default_prepend_bos = False."
         )
     bos = [tokenizer.bos_token_id] if prepend_bos else []
-    texts = _texts(data)
+    rows = range(len(data)) if rows is None else rows
+    texts = _texts(data, rows)
     memory = _memory_of(tokenizer)
     found = memory.recall(texts)
-    rows: dict[Text, int] = {}
-    for row, text in enumerate(texts):
-        if text not in found:
-            rows.setdefault(text, row)
-    new = _encode(rows, tokenizer)
-    memory.keep(new)
-    found |= new
-    for row, text in enumerate(texts):
-        empty = "answer" if not found[text].answer else "prompt"
-        if empty == "answer" or not (bos or found[text].prompt):
-            raise ValueError(
-                f"Example {row}: the {empty} {data[row][empty]!r} tokenises to nothing."
-            )
+    new = {text: row for text, row in zip(texts, rows, strict=True) if text not in found}
+    made = _encode(new, tokenizer)
+    memory.keep(made)
+    found |= made
+    for row, text in zip(rows, texts, strict=True):
+        if not found[text].answer:
+            raise ValueError(f"Example {row}: the answer {text[1]!r} tokenises to nothing.")
+        if not bos and not found[text].prompt:
+            raise ValueError(f"Example {row}: the prompt {text[0]!r} tokenises to nothing.")
     return [Encoded(bos + found[text].prompt, [*found[text].answer]) for text in texts]
 
 
-def _texts(data: Dataset) -> list[Text]:
+def _texts(data: Dataset, rows: Sequence[int]) -> list[Text]:
     columns = {name: list(data[name][:]) for name in ("prompt", "answer")}
     for name, values in columns.items():
         if None in values:
-            raise ValueError(f"Example {values.index(None)}: the {name} is None and no text.")
+            raise ValueError(f"Example {rows[values.index(None)]}: the {name} is None and no text.")
     return list(zip(*columns.values(), strict=True))
 
 

@@ -29,6 +29,7 @@ from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
 from eigenlens.spectra import Spectra, decompose
 from eigenlens.tasks import Task, load_task
+from eigenlens.tasks.candidates import candidates_of
 
 _SEEDS_PER_DRAW = 1000  # seeds of two draws never meet
 
@@ -179,7 +180,7 @@ class _Bench:
             put = edit.transform(data)
             statistics = output_statistics(loaded.model, put, batch_size=probe.batch_size)
             # Of single answer words a perplexity says little.
-            chosen_from = any(data["candidates"])
+            chosen_from = any(candidates_of(data))
             text = (
                 None if chosen_from else perplexity(loaded.model, put, batch_size=probe.batch_size)
             )
@@ -251,12 +252,12 @@ def _names(cell: Cell) -> dict[str, Any]:
 
 
 def _measured(test: Evaluation) -> dict[str, Any]:
-    choices = test.examples.get("choice_correct")
+    every = test.choice_n == test.n  # shares of a part of the examples cannot be added up with n
     return {
         "right": int(test.examples["correct"].sum()),
         "n": test.n,
         "loss": test.loss,
-        "choice_right": None if choices is None else int(choices.sum()),
+        "choice_right": int(test.examples["choice_correct"].sum()) if every else None,
         # lets two cells be compared example by example
         "correct": "".join("01"[int(value)] for value in test.examples["correct"]),
     }
