@@ -154,9 +154,9 @@ def evaluate(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a model in training mode, an empty data set, or examples that do not tokenise
-            or fit the context; an answer that is not among its candidates, or two candidates that
-            are the same tokens.
+        ValueError: no ``TransformerBridge`` or one in training mode; no ``Dataset`` of prompts and
+            answers, or an empty one; examples that do not tokenise or fit the context; an
+            answer that is not among its candidates, or two candidates that are the same tokens.
     """
     check_eval_mode(model)
     check_data(data)
@@ -263,12 +263,14 @@ def majority_accuracy(train: Dataset, test: Dataset) -> float:
     Of equally frequent answers, the one that comes first in ``train`` is given.
 
     Raises:
-        ValueError: an empty data set.
+        ValueError: no ``Dataset``, or an empty one.
     """
+    check_data(train)
+    check_data(test)
     if not len(train) or not len(test):
         raise ValueError("The majority answer needs examples on both sides.")
-    ((answer, _),) = Counter(train["answer"]).most_common(1)
-    return sum(other == answer for other in test["answer"]) / len(test)
+    ((answer, _),) = Counter(train["answer"][:]).most_common(1)
+    return sum(other == answer for other in test["answer"][:]) / len(test)
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -35,6 +35,14 @@ def tokenizer_of(model: TransformerBridge) -> PreTrainedTokenizerBase:
     return model.tokenizer
 
 
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise ``ValueError`` for what is no tokenizer of transformers, such as a model."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"The tokenizer is a {_kind(tokenizer)}: pass the model's, such as model.tokenizer."
+        )
+
+
 def check_data(data: object) -> None:
     """Raise ``ValueError`` for what is no ``Dataset`` with texts as ``prompt`` and ``answer``."""
     if not isinstance(data, Dataset):

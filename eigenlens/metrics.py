@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
-from eigenlens.inputs import check_data, check_model
+from eigenlens.inputs import check_data, check_model, check_tokenizer
 from eigenlens.positions import prompt_ends_at
 from eigenlens.tasks.batches import Batch, make_batches, tokenise
 from eigenlens.tasks.candidates import candidates_of, with_answers
@@ -90,6 +90,7 @@ def wrong_candidates(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Int[T
             candidates begin with the same token, so that no difference would be seen.
     """
     check_data(data)
+    check_tokenizer(tokenizer)
     candidates = candidates_of(data)
     others = []
     for row, (answer, own) in enumerate(zip(data["answer"][:], candidates, strict=True)):
