@@ -32,7 +32,8 @@ class FileFormatError(ValueError):
 
 def cache_dir() -> Path:
     """Folder for dequantised models and decompositions: ``EIGENLENS_CACHE`` or the user's cache."""
-    return Path(os.environ.get("EIGENLENS_CACHE") or platformdirs.user_cache_dir("eigenlens"))
+    own = os.environ.get("EIGENLENS_CACHE")
+    return Path(os.path.expanduser(own) if own else platformdirs.user_cache_dir("eigenlens"))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eigenlens.inputs import check_tokenizer
 from eigenlens.tasks.rows import DataError
-from eigenlens.tasks.sources import data_file, data_folder, from_hub
+from eigenlens.tasks.sources import LocalPath, data_file, data_folder, from_hub
 from eigenlens.tasks.splits import Example, take
 from eigenlens.tasks.task import Task, to_dataset
 
@@ -41,7 +41,7 @@ class WikiTextConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: Path | None = Field(default=None, description="folder that holds the text files")
+    data: LocalPath | None = Field(default=None, description="folder that holds the text files")
     n_train: int = Field(default=100, ge=1)
     n_validation: int = Field(default=100, ge=1)
     n_test: int = Field(default=200, ge=1)
