@@ -170,7 +170,7 @@ def evaluate(
         for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
             rows |= _measure(model, batch)
     measured = pd.DataFrame([rows[index] for index in range(len(data))])
-    examples = pd.DataFrame({"prompt": list(data["prompt"]), "answer": list(data["answer"])})
+    examples = pd.DataFrame({name: list(data[name][:]) for name in ("prompt", "answer")})
     examples = examples.join(measured)
     if choices and any(candidates):
         examples = examples.join(_choices(model, data, candidates, examples["loss"], batch_size))

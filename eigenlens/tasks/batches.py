@@ -14,6 +14,7 @@ from datasets import Dataset
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
 
 from eigenlens.inputs import check_data, check_model, tokenizer_of
 from eigenlens.tasks.tokenising import Encoded, tokenise
@@ -93,11 +94,12 @@ def make_batches(
             f"batch_size={batch_size} with {len(data)} examples: "
             f"batches of at least {max(1, smallest)} are needed here."
         )
+    tokenizer, n_rows = tokenizer_of(model), len(model.W_E)
     bos = bool(model.cfg.default_prepend_bos)
-    encoded = tokenise(data, tokenizer_of(model), prepend_bos=bos, rows=rows)
+    encoded = tokenise(data, tokenizer, prepend_bos=bos, rows=rows)
     for row, example in enumerate(encoded) if rows is None else zip(rows, encoded, strict=True):
         _check_context(row, example, model.cfg.n_ctx)
-        _check_vocabulary(row, example, model)
+        _check_vocabulary(row, example, n_rows, tokenizer)
     return [
         _collate(encoded, chunk).to(model.cfg.device)
         for chunk in _chunks(encoded, batch_size, smallest)
@@ -112,10 +114,12 @@ def _check_context(row: int, example: Encoded, n_ctx: int) -> None:
         )
 
 
-def _check_vocabulary(row: int, example: Encoded, model: TransformerBridge) -> None:
-    token, n_rows = max(example.prompt + example.answer), len(model.W_E)
+def _check_vocabulary(
+    row: int, example: Encoded, n_rows: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    token = max(example.prompt + example.answer)
     if token >= n_rows:
-        name = model.tokenizer.convert_ids_to_tokens(token)
+        name = tokenizer.convert_ids_to_tokens(token)
         raise ValueError(
             f"Example {row} has the token {name!r} of id {token}, but the model's embedding has "
             f"{n_rows} rows: this tokenizer is not the model's, or has tokens added."
