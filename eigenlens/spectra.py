@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from eigenlens.files import FileFormatError, load_tensors, save_tensors
 from eigenlens.matrices import Site
 from eigenlens.provenance import Provenance
 
+D = TypeVar("D", bound="Directions")
 COMPONENT = ["layer", "matrix", "head", "index"]
 
 
@@ -76,7 +77,7 @@ class Directions:
         assert self.read is not None
         return self.read.device
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: D, device: torch.device | str) -> D:
         """The same directions on another device."""
         if self.device == torch.device(device):
             return self
@@ -92,7 +93,9 @@ class Directions:
         return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
-    def of_tensors(cls, site: Site, tensors: Mapping[str, Tensor], name: str, **rest: Any) -> Self:
+    def of_tensors(
+        cls: type[D], site: Site, tensors: Mapping[str, Tensor], name: str, **rest: Any
+    ) -> D:
         """Put together what :meth:`tensors` gave, each under ``{name}.``."""
         read = tensors.get(f"{name}.read")
         return cls(
@@ -144,12 +147,15 @@ class Spectrum(Directions):
         """Number of the degenerate block of each component; alone in it means well separated.
 
         Where neighbouring singular values are nearly equal, single directions are arbitrary within
-        their span.
+        their span: where ``σ²`` differ by less than ``gap`` of what was decomposed at once
+        (:func:`eigenlens.bases.singular_basis`), or are zero to rounding.
         """
         starts = torch.ones_like(self.sigma, dtype=torch.int64)
         if self.gap is not None:
             square = (self.sigma / self.sigma[:, :1].clamp_min(1e-300)).square()
-            starts[:, 1:] = (square[:, :-1] - square[:, 1:] > self.gap).long()
+            at_once = (square[:, :-1] * 1e6).clamp_max(1)
+            apart = square[:, :-1] - square[:, 1:] > self.gap * at_once
+            starts[:, 1:] = (apart & (square[:, :-1] > 1e-28)).long()
         return starts.cumsum(1) - 1
 
     def to(self, device: torch.device | str) -> "Spectrum":
@@ -159,7 +165,7 @@ class Spectrum(Directions):
 
     def subset(self, head: np.ndarray, index: np.ndarray) -> Directions:
         """Some components as directions in the space of all heads side by side."""
-        heads, places = (torch.as_tensor(part, device=self.device) for part in (head, index))
+        heads, places = (torch.tensor(part, device=self.device) for part in (head, index))
         flat = replace(self.site, n_heads=1, width=self.site.n_heads * self.site.width)
         read, write = (
             self._scattered(vectors, heads, places) for vectors in (self._read_rows, self.write)
@@ -172,7 +178,7 @@ class Spectrum(Directions):
 
     def _scattered(
         self, rows: Float[Tensor, "head k width"] | None, heads: Tensor, places: Tensor
-    ) -> Float[Tensor, "1 k all_width"]:
+    ) -> Float[Tensor, "1 n all_width"]:
         number = torch.arange(len(heads), device=self.device)
         shape = (len(heads), self.site.n_heads, self.site.width)
         wide = torch.zeros(shape, dtype=self.dtype, device=self.device)
