@@ -171,9 +171,8 @@ def _from_bridge(
         give_tokenizer(bridge, deepcopy(tokenizer))
     if bridge.tokenizer is None:
         raise ValueError("This bridge has no tokenizer: load_model(bridge, tokenizer).")
-    if dtype is not None:
-        _cast(bridge.original_model, dtype)
-        bridge.cfg.dtype = dtype
+    if dtype not in (None, next(bridge.parameters()).dtype):
+        raise ValueError(f"A bridge keeps the type of its weights: make it with dtype={dtype}.")
     if device is not None:
         bridge.to(device, print_details=False)
     check_finite(bridge)

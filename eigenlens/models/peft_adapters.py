@@ -85,14 +85,14 @@ def merged(model: nn.Module) -> PreTrainedModel:
     """A model that peft has wrapped, with the adapter merged into its weights.
 
     Raises:
-        ValueError: an adapter that no weights can stand for.
+        ValueError: an adapter that no weights can stand for, or that peft does not hold itself.
     """
     merge = getattr(model, "merge_and_unload", None)
     if merge is None:
-        kinds = {c.peft_type for c in getattr(model, "peft_config", {}).values()}
         raise ValueError(
-            f"This adapter ({', '.join(sorted(map(str, kinds))) or type(model).__name__}) cannot "
-            "be merged into weights: eigenlens can only take the base model."
+            f"The adapter in this {type(model).__name__} cannot be merged: only a model that peft "
+            "has wrapped (get_peft_model, PeftModel.from_pretrained), with an adapter of matrices "
+            "such as LoRA, becomes plain weights."
         )
     return merge(safe_merge=True)
 
