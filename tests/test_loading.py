@@ -199,7 +199,9 @@ def test_a_causal_class_that_was_made_bidirectional_is_refused():
         layer.self_attn.is_causal = False
     forward = model.model.forward
     free = torch.zeros(1, 1, 5, 5)
-    model.model.forward = lambda *args, **kwargs: forward(*args, **kwargs | {"attention_mask": free})
+    model.model.forward = lambda *args, **kwargs: forward(
+        *args, **kwargs | {"attention_mask": free}
+    )
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is not causal"):
         el.load_model(model, word_tokenizer())
 
@@ -278,7 +280,9 @@ def test_falcon_with_grouped_heads_is_refused_or_right(heads, multi_query):
     )
     plain, tokens = tf.FalconForCausalLM(config).eval(), torch.randint(3, 60, (2, 7))
     if heads > 1:
-        with pytest.raises(UnsupportedModelError, match=rf"Falcon .* {heads} key/value heads is not"):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"Falcon .* {heads} key/value heads is not"
+        ):
             el.load_model(plain, word_tokenizer())
         return
     with torch.no_grad():
