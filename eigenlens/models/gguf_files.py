@@ -32,7 +32,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from eigenlens.files import FileFormatError, cache_dir
-from eigenlens.models.weight_files import check_file, check_loaded, listed
+from eigenlens.models.weight_files import check_file, check_loaded
+from eigenlens.models.wording import listed, reason
 
 # In the names of cached folders: what an earlier reader wrote, which checked less, is made anew.
 _READER = "v2"
@@ -126,7 +127,7 @@ def _reader(file: Path) -> gguf.GGUFReader:
         return gguf.GGUFReader(file)
     except (ValueError, LookupError, OverflowError) as error:
         raise FileFormatError(
-            f"{file} is truncated or no GGUF file ({error}): download or copy it again."
+            f"{file} is truncated or no GGUF file ({reason(error)}): download or copy it again."
         ) from error
 
 

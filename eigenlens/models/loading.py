@@ -23,7 +23,7 @@ from eigenlens.files import FileFormatError
 from eigenlens.models import peft_adapters
 from eigenlens.models.checks import check_finite, checked_device, checked_dtype
 from eigenlens.models.known import KNOWN_MODELS, UnknownModelError, resolve
-from eigenlens.models.special_tokens import give_tokenizer
+from eigenlens.models.special_tokens import as_published, give_tokenizer
 from eigenlens.models.weight_files import check_folder
 from eigenlens.models.wrapping import check_architecture, ready, wrap_files, wrap_model
 
@@ -176,7 +176,7 @@ def _from_bridge(
     if device is not None:
         bridge.to(device, print_details=False)
     check_finite(bridge)
-    return ready(bridge)
+    return ready(bridge, published=tokenizer or as_published(bridge.tokenizer))
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eigenlens.files import FileFormatError
-from eigenlens.models.weight_files import check_file, check_folder, check_loaded, listed
+from eigenlens.models.weight_files import check_file, check_folder, check_loaded
+from eigenlens.models.wording import listed, reason
 
 CONFIG = "adapter_config.json"
 
@@ -70,7 +71,7 @@ def merged_folder(folder: Path, base: str, dtype: torch.dtype) -> PreTrainedMode
         result = wrapped.load_adapter(folder, "default", torch_device="cpu")
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise FileFormatError(
-            f"The adapter in {folder} does not fit its base model {base}: {error}"
+            f"The adapter in {folder} does not fit its base model {base}: {reason(error)}"
         ) from error
     strays = [*result.missing_keys, *result.unexpected_keys]
     if strays:

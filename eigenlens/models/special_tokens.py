@@ -9,7 +9,7 @@ from copy import deepcopy
 
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import configure_tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -56,10 +56,33 @@ def give_tokenizer(model: TransformerBridge, tokenizer: PreTrainedTokenizerBase)
     model.cfg.d_vocab, model.cfg.d_vocab_out = sizes
 
 
-def note_special_tokens(model: TransformerBridge) -> None:
-    """Record in ``model.cfg`` what its tokenizer does, which TransformerLens may have mistaken."""
+def as_published(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies where this one comes from, if it can be read again.
+
+    TransformerLens makes the tokenizers that it reads prepend a token, whatever they did before.
+    """
+    if not tokenizer.name_or_path:
+        return tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    except (OSError, ValueError):
+        return tokenizer
+
+
+def note_special_tokens(
+    model: TransformerBridge, published: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Record in ``model.cfg`` what tokenizers do, which TransformerLens may have mistaken.
+
+    Args:
+        model: with the tokenizer that it uses.
+        published: the checkpoint's own, which decides whether prompts begin with a token
+            (default: the one that the model uses).
+    """
     tokenizer = model.tokenizer
     before, after = added_tokens(tokenizer)
     prepends = bool(before) and before[0] == tokenizer.bos_token_id
-    model.cfg.default_prepend_bos = model.cfg.tokenizer_prepends_bos = prepends
+    own = added_tokens(published)[0] if published else before
+    model.cfg.tokenizer_prepends_bos = prepends
     model.cfg.tokenizer_appends_eos = bool(after) and after[-1] == tokenizer.eos_token_id
+    model.cfg.default_prepend_bos = bool(own) and own[0] == tokenizer.bos_token_id

@@ -11,6 +11,7 @@ from typing import Any
 import safetensors
 
 from eigenlens.files import FileFormatError
+from eigenlens.models.wording import listed
 
 _POINTER = b"version https://git-lfs"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -21,12 +22,6 @@ _PREFIXES = {
     "module.": "DataParallel",
     "base_model.model.": "peft",
 }
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_file(path: Path) -> None:

@@ -24,6 +24,7 @@ from eigenlens.models.peft_adapters import has_adapter
 from eigenlens.models.special_tokens import kept_as_is, note_special_tokens
 from eigenlens.models.upstream import mend_rotary_dtype, refuse_unsupported
 from eigenlens.models.weight_files import check_loaded
+from eigenlens.models.wording import reason
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def _unsupported(sentence: str) -> Iterator[None]:
     except (UnsupportedModelError, FileFormatError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise UnsupportedModelError(f"{sentence} ({type(error).__name__}: {error}).") from error
+        raise UnsupportedModelError(
+            f"{sentence} ({type(error).__name__}: {reason(error)})."
+        ) from error
 
 
 def check_architecture(config: PretrainedConfig) -> None:
@@ -112,7 +115,9 @@ def wrap_files(
             if checkpoint.reference is None:  # the files are to blame, not TransformerLens
                 raise
             name = checkpoint.reference.name
-            raise UnsupportedModelError(f"TransformerLens cannot wrap {name} ({error}).") from error
+            raise UnsupportedModelError(
+                f"TransformerLens cannot wrap {name} ({reason(error)})."
+            ) from error
     return ready(bridge, checkpoint.reference)
 
 
@@ -140,19 +145,24 @@ def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tr
     return ready(bridge, reference)
 
 
-def ready(bridge: TransformerBridge, reference: Reference | None = None) -> TransformerBridge:
+def ready(
+    bridge: TransformerBridge,
+    reference: Reference | None = None,
+    published: PreTrainedTokenizerBase | None = None,
+) -> TransformerBridge:
     """The bridge in eval mode, without gradients, with its tokenizer's habits noted; tried out.
 
     Args:
         bridge: whoever made it.
         reference: what its logits must be, where that is known.
+        published: the checkpoint's own tokenizer, where the bridge has another one.
 
     Raises:
         UnsupportedModelError: it is not causal, or it computes other logits than transformers.
     """
     bridge.eval()
     bridge.requires_grad_(False)
-    note_special_tokens(bridge)
+    note_special_tokens(bridge, published)
     mend_rotary_dtype(bridge)
     name = reference.name if reference else type(bridge.original_model).__name__
     tokens = probe(bridge.cfg.d_vocab, bridge.cfg.n_ctx, torch.device(bridge.cfg.device))
