@@ -194,6 +194,15 @@ def test_capitals_in_the_suffix(tmp_path):
     assert torch.equal(el.load_model(tmp_path / "Other.GGUF", device="cpu")(TOKENS), lower(TOKENS))
 
 
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    whole = el.load_model(path, device="cpu")(TOKENS)
+    weights = gguf_files.dequantised(path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert torch.equal(el.load_model(path, device="cpu")(TOKENS), whole)
+
+
 def test_what_an_earlier_version_cached_is_not_trusted(tmp_path, cache):
     path = tmp_path / "tiny.gguf"
     write_gguf(path)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 import transformers as tf
@@ -12,7 +13,7 @@ from tiny_models import CONFIGS, MIXED, word_tokenizer
 import eigenlens as el
 from eigenlens.files import FileFormatError
 from eigenlens.matrices import UnsupportedModelError
-from eigenlens.models import UnknownModelError
+from eigenlens.models import UnknownModelError, loading
 from eigenlens.models.checks import check_causal
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -124,6 +125,20 @@ def test_shards_load_and_a_missing_one_is_named(folder):
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(FileFormatError, match=r"index\.json is no index of weights"):
         el.load_model(folder, device="cpu")
+
+
+def test_a_damaged_file_in_the_cache_of_the_hub_is_named(folder, monkeypatch):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+    def broken(*args):
+        with safetensors.safe_open(file, framework="pt"):
+            raise AssertionError("it is whole")
+
+    monkeypatch.setattr(loading, "_from_files", broken)
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *a: str(folder / "config.json"))
+    with pytest.raises(FileFormatError, match=rf"{file} is truncated"):
+        el.load_model("some/model")
 
 
 def test_a_truncated_pickle_and_a_pointer_of_another_file(folder):

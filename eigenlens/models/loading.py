@@ -25,6 +25,7 @@ from eigenlens.models.checks import check_finite, checked_device, checked_dtype
 from eigenlens.models.known import KNOWN_MODELS, UnknownModelError, resolve
 from eigenlens.models.special_tokens import as_published, give_tokenizer
 from eigenlens.models.weight_files import check_folder
+from eigenlens.models.wording import headline
 from eigenlens.models.wrapping import check_architecture, ready, wrap_files, wrap_model
 
 
@@ -46,8 +47,8 @@ def load_model(
         tokenizer: of a model in memory, or in place of the one that comes with a name.
         dtype: floating point type of the weights, as ``torch.dtype`` or its name (default: float32
             for a name, and what it has for a model in memory).
-        device: where to run (default: CUDA where there is it, else the CPU, for a name; where it
-            is for a model in memory).
+        device: where to run (default: CUDA if there is one, else the CPU, for a name; where it is
+            for a model in memory).
         merge_adapter: merge the adapter of peft that is found beside a base model, in place of one,
             or around a model in memory. Without this, adapters are refused.
 
@@ -62,9 +63,7 @@ def load_model(
     if isinstance(model, TransformerBridge):
         return _from_bridge(model, tokenizer, wanted, place)
     if isinstance(model, nn.Module):
-        if peft_adapters.has_adapter(model):
-            model = _merged(model, merge_adapter)
-        return _from_memory(model, tokenizer, wanted, place)
+        return _from_memory(_without_adapter(model, merge_adapter), tokenizer, wanted, place)
     source = resolve(str(model))
     try:
         adapter = _adapter(source, merge_adapter)
@@ -97,7 +96,7 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase:
     except ValueError as error:
         raise FileFormatError(
             f"No tokenizer can be read from {source}: save it there with save_pretrained, or give "
-            f"it as load_model(name, tokenizer). ({str(error).splitlines()[0]})"
+            f"it as load_model(name, tokenizer). ({headline(error)})"
         ) from error
 
 
@@ -129,7 +128,10 @@ def _from_adapter(
     return _from_memory(model, tokenizer, None, device or torch.device(get_device()))
 
 
-def _merged(model: nn.Module, merge: bool) -> nn.Module:
+def _without_adapter(model: nn.Module, merge: bool) -> nn.Module:
+    """The model itself, or what it becomes when its adapter is merged."""
+    if not peft_adapters.has_adapter(model):
+        return model
     if not merge:
         raise ValueError(
             f"This {type(model).__name__} holds a peft adapter: call merge_and_unload() first and "
@@ -188,7 +190,6 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _unreadable(name: str, source: str, error: Exception) -> ValueError:
     """What to say when transformers could not open what was named."""
-    reason = str(error).splitlines()[0]
     folder = Path(source)
     if not folder.is_dir():
         cached = try_to_load_from_cache(source, "config.json")
@@ -196,9 +197,9 @@ def _unreadable(name: str, source: str, error: Exception) -> ValueError:
             return UnknownModelError(
                 f"Cannot load the model {name!r}: it is not a short name "
                 f"({', '.join(sorted(KNOWN_MODELS))}), not a local folder or GGUF file, and the "
-                f"Hugging Face Hub did not answer with it ({reason}). A peft adapter of the Hub "
-                "needs merge_adapter=True."
+                f"Hugging Face Hub did not answer with it ({headline(error)}). A peft adapter of "
+                "the Hub needs merge_adapter=True."
             )
         folder = Path(cached).parent
         check_folder(folder)
-    return FileFormatError(f"Cannot read the model in {folder}: {reason}")
+    return FileFormatError(f"Cannot read the model in {folder}: {headline(error)}")

@@ -1,6 +1,7 @@
 """What TransformerLens 4.3 does wrong with some architectures: mended or refused here."""
 
 from functools import partial
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from transformer_lens.model_bridge.generalized_components import PositionEmbeddi
 from transformers import PretrainedConfig
 
 from eigenlens.matrices import UnsupportedModelError
+
+_mended: WeakSet[nn.Module] = WeakSet()
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:
@@ -42,8 +45,10 @@ def mend_rotary_dtype(model: TransformerBridge) -> None:
     for module in model.modules():
         if isinstance(module, PositionEmbeddingsAttentionBridge) and "o" in module.submodules:
             for name in ("hook_rot_q", "hook_rot_k"):
-                if isinstance(point := getattr(module, name, None), HookPoint):
+                point = getattr(module, name, None)
+                if isinstance(point, HookPoint) and point not in _mended:
                     point.register_forward_hook(partial(_as_weight, module.o))
+                    _mended.add(point)
 
 
 def _as_weight(

@@ -135,7 +135,6 @@ def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tr
     model.config.architectures = [next(known, name)]  # as save_pretrained does; may be stale
     check_architecture(model.config)
     model.eval()
-    model.set_attn_implementation("eager")
     reference = Reference.of(model)
     weight = next(model.parameters())
     with kept_as_is(tokenizer), _unsupported(f"TransformerLens cannot wrap this {name}"):
