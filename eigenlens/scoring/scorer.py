@@ -45,7 +45,7 @@ from eigenlens.spectra import COMPONENT, Spectra
 from eigenlens.tasks.batches import Batch, make_batches
 
 _BY_POSITION = ("max", "max_everywhere", "position_fisher")
-Statistics = dict[str, list[Float[Tensor, "head k"]]]
+Statistics = dict[str, list[Tensor]]  # ``[head, k]`` of each matrix: shapes differ
 
 
 def score(
