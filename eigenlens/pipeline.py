@@ -4,6 +4,7 @@ With ``out`` every stage is written as it ends; a run that was interrupted goes 
 finished one is read back. The folder's ``config.yaml`` alone reproduces the run.
 """
 
+import html
 import json
 import os
 from dataclasses import dataclass, field, replace
@@ -100,8 +101,8 @@ class EigenpruneResult:
             for name, e in (("before", self.before), ("after", self.after))
         )
         return (
-            f"<p>{self.config.task} on {self.config.model}: {len(self.frozen):,} of "
-            f"{self.frozen.n_candidates:,} components {self.frozen.edit} "
+            f"<p>{html.escape(f'{self.config.task} on {self.config.model}')}: "
+            f"{len(self.frozen):,} of {self.frozen.n_candidates:,} components {self.frozen.edit} "
             f"({self.frozen.fraction:.2%}); "
             f"{self.before.n} test examples, McNemar p = {self.comparison.p_value:.2g}</p>"
             "<table><tr><th></th><th>accuracy</th><th>95 % interval</th>"

@@ -1,21 +1,22 @@
 """Shapes and types are enforced on the whole package; no test reaches the network."""
 
 import os
-import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-with install_import_hook("eigenlens", "beartype.beartype"):
-    import eigenlens
-    import eigenlens.cli
-    import eigenlens.scoring.by_cache
+# For the whole session, since modules are imported when they are first used.
+install_import_hook("eigenlens", "beartype.beartype")
 
 import pytest
 import torch
 from tiny_models import write_tiny_model
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode
 
 import eigenlens as el
@@ -36,14 +37,11 @@ class StayDouble(TorchFunctionMode):
     """Keep float64 in float64 where models go through float32 (norms, softmax).
 
     Oracles need exact arithmetic: a float32 rounding in the middle of a float64 model hides errors
-    of 1e-8, and its attention mask overflows there. The package itself says what it means: it
-    decomposes float32 models in float64 and goes back.
+    of 1e-8, and its attention mask overflows there.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("eigenlens."):
-            return func(*args, **kwargs)
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args):
                 return args[0]
@@ -54,8 +52,26 @@ class StayDouble(TorchFunctionMode):
 
 @pytest.fixture(autouse=True)
 def _stay_double():
-    with StayDouble():
-        yield
+    """On while a module runs, and not in what eigenlens does with the outputs of a model."""
+    running: list[StayDouble] = []
+
+    def enter(module, args):
+        running.append(StayDouble())
+        if len(running) == 1:
+            running[0].__enter__()
+
+    def leave(module, args, output):
+        if len(running) == 1:
+            running[0].__exit__(None, None, None)
+        running.pop()
+
+    handles = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.fixture(scope="session")

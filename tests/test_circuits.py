@@ -13,8 +13,7 @@ import eigenlens as el
 from eigenlens.circuits.norms import final_gain, gain_after, gain_before
 from eigenlens.files import FileFormatError
 from eigenlens.scoring.by_cache import _differentiate_from_here
-from eigenlens.spectra import COMPONENT
-from eigenlens.spectra import Spectra
+from eigenlens.spectra import COMPONENT, Spectra
 
 QUIET = {"progress": False}
 

@@ -28,12 +28,12 @@ from eigenlens.circuits.nodes import (
     means_at,
     score_rows,
 )
+from eigenlens.decomposition import decompose
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import WeightMatrices, weight_matrices
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.scoring.scores import Scores
-from eigenlens.decomposition import decompose
 from eigenlens.spectra import Spectra
 from eigenlens.tasks.batches import Batch, make_batches
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from eigenlens.freezing import FrozenSet, flat_directions
 from eigenlens.scoring.scores import Scores
-from eigenlens.spectra import COMPONENT
-from eigenlens.spectra import Spectra, Spectrum
+from eigenlens.spectra import COMPONENT, Spectra, Spectrum
 
 EMBED, LOGITS = "embed", "logits"
 

@@ -11,6 +11,7 @@ logits when it is positive; when it is negative everything turns round. A degene
 signs: its scores are lengths, and nothing is suppressed.
 """
 
+import html
 import os
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ class Readout:
             for name in _TABLES
             if len(table := getattr(self, name))
         ]
-        return f"<p>{self.node}</p>" + "".join(parts)
+        return f"<p>{html.escape(self.node)}</p>" + "".join(parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file."""

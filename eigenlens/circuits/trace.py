@@ -13,14 +13,13 @@ from eigenlens.circuits.graph import Circuit
 from eigenlens.circuits.nodes import EMBED, LOGITS, Nodes, make_nodes, score_rows, short_name
 from eigenlens.circuits.readout import token_summary
 from eigenlens.circuits.upstream import feeding
+from eigenlens.decomposition import decompose
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import weight_matrices
 from eigenlens.metrics import Metric, answer_loss, check_eval_mode
 from eigenlens.provenance import Provenance, text_hash
 from eigenlens.scoring.scores import Scores
-from eigenlens.spectra import COMPONENT
-from eigenlens.decomposition import decompose
-from eigenlens.spectra import Spectra
+from eigenlens.spectra import COMPONENT, Spectra
 from eigenlens.tasks.batches import make_batches
 
 

@@ -21,8 +21,7 @@ from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import WeightMatrices
 from eigenlens.metrics import Metric
 from eigenlens.scoring.scores import Scores
-from eigenlens.spectra import COMPONENT
-from eigenlens.spectra import Spectra, Spectrum
+from eigenlens.spectra import COMPONENT, Spectra, Spectrum
 from eigenlens.tasks.batches import Batch
 
 

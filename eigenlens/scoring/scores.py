@@ -1,5 +1,6 @@
 """The scores of every component, and what freezing each of them will need."""
 
+import html
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -143,9 +144,9 @@ class Scores:
         table = self.to_pandas().sort_values("delta_loss")
         note = (
             f"{len(self):,} components, criterion {self.criterion}, reference {self.reference}, "
-            f"{self.n_examples} examples. delta_loss &lt; 0 predicts that freezing lowers the loss."
+            f"{self.n_examples} examples. delta_loss < 0 predicts that freezing lowers the loss."
         )
-        return f"<p>{note}</p>{table.head(10).to_html(index=False)}"
+        return f"<p>{html.escape(note)}</p>{table.head(10).to_html(index=False)}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one parquet file; its table has the columns of ``to_pandas`` and more."""

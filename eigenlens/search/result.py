@@ -1,5 +1,6 @@
 """What a search returns, and the file that lets it go on after a kill."""
 
+import html
 import json
 import os
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ class SearchResult:
     def _repr_html_(self) -> str:
         protected = self.protected.to_html(index=False) if len(self.protected) else ""
         return (
-            f"<p>{self.method}</p>{self.frozen._repr_html_()}"
+            f"<p>{html.escape(self.method)}</p>{self.frozen._repr_html_()}"
             f"{self.trace.to_html(index=False)}{protected}"
         )
 
