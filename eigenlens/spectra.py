@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,8 @@ from eigenlens.matrices import Site
 from eigenlens.provenance import Provenance
 
 COMPONENT = ["layer", "matrix", "head", "index"]
+# Not Self: beartype, which checks the package in the tests, has no meaning for it outside classes.
+D = TypeVar("D", bound="Directions")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Directions:
         assert self.read is not None
         return self.read.device
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: D, device: torch.device | str) -> D:
         """The same directions on another device."""
         if self.device == torch.device(device):
             return self
@@ -92,7 +94,9 @@ class Directions:
         return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
-    def of_tensors(cls, site: Site, tensors: Mapping[str, Tensor], name: str, **rest: Any) -> Self:
+    def of_tensors(
+        cls: type[D], site: Site, tensors: Mapping[str, Tensor], name: str, **rest: Any
+    ) -> D:
         """Put together what :meth:`tensors` gave, each under ``{name}.``."""
         read = tensors.get(f"{name}.read")
         return cls(
