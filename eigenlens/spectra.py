@@ -176,7 +176,7 @@ class Spectrum(Directions):
 
     def _scattered(
         self, rows: Float[Tensor, "head k width"] | None, heads: Tensor, places: Tensor
-    ) -> Float[Tensor, "1 k all_width"]:
+    ) -> Float[Tensor, "1 n all_width"]:
         number = torch.arange(len(heads), device=self.device)
         shape = (len(heads), self.site.n_heads, self.site.width)
         wide = torch.zeros(shape, dtype=self.dtype, device=self.device)
