@@ -26,6 +26,8 @@ from eigenlens.spectra import Spectrum
 
 # Relative gap of σ² that float64 resolves, with room for the rounding of a large product.
 RESOLUTION = 1e-12
+# Singular values below this share of the largest are found apart from it.
+TAIL = 1e-3
 
 Small = Float[Tensor, "head width far"]
 Basis = Float[Tensor, "head width k"]
@@ -46,15 +48,23 @@ def small_side(matrix: WeightMatrix, side: str | None = None) -> Small:
 def singular_basis(weight: Small) -> tuple[Basis, Float[Tensor, "head k"]]:
     """Singular vectors of the first side and singular values, falling, with fixed signs.
 
-    The eigenvectors of ``A Aᵀ``; each σ is the length of the matrix along its vector, which float64
-    gives to its own rounding. Signs: the entry of largest magnitude is positive.
+    The eigenvectors of ``A Aᵀ``; each σ is the length of the matrix along its vector. What is small
+    beside the largest σ drowns in the squares of the product, and is decomposed once more on its
+    own. Signs: the entry of largest magnitude is positive.
     """
     rank = min(weight.shape[-2:])
     scale = weight.abs().amax((-2, -1), keepdim=True)
     scaled = weight / torch.where(scale > 0, scale, 1)  # squares of 1e-200 would be zero
     _, vectors = torch.linalg.eigh(scaled @ scaled.mT)
     basis = vectors.flip(-1)[..., :rank]
-    sigma = lengths(scaled, basis)
+    along = basis.mT @ scaled
+    sigma = along.norm(dim=-1)
+    for head, n_small in enumerate((sigma < TAIL * sigma[:, :1]).sum(-1).tolist()):
+        if n_small:
+            turn, sigma[head, -n_small:] = (
+                x[0] for x in singular_basis(along[head, None, -n_small:])
+            )
+            basis[head, :, -n_small:] = basis[head, :, -n_small:] @ turn
     order = sigma.argsort(dim=-1, descending=True, stable=True)
     basis = basis.gather(-1, order[:, None, :].expand_as(basis))
     return _with_signs(basis), sigma.gather(-1, order) * scale[..., 0]

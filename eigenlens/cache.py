@@ -1,4 +1,4 @@
-"""The cache on disk: decompositions and dequantised models, listed and cleared by ``eigenlens cache``.
+"""The cache on disk of decompositions and dequantised models (``eigenlens cache``).
 
 Decompositions are named by a hash of the weight they are of. Together they take at most
 :data:`LIMIT_GB`; beyond that, those that were not used for the longest time go first.

@@ -1,6 +1,8 @@
 """The command line: ``eigenlens run``, ``report``, ``experiment``, ``figures`` and more."""
 
+import datetime
 import inspect
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +13,21 @@ import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(
     help="Find, freeze and explain the singular directions of transformer weights.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console()
+# What is printed comes from outside: prompts, paths and names are no markup and no emoji codes.
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def _say(text: str) -> None:
+    """Print a text as it is, without line breaks in its paths."""
+    console.print(text, soft_wrap=True)
 
 
 @contextmanager
@@ -32,19 +42,43 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, StaticExportError) as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False)
+        errors.print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
         raise typer.Exit(2) from error
 
 
 def _pairs(values: list[str], option: str) -> dict[str, Any]:
-    """``key=value`` pairs, values read as YAML."""
+    """``key=value`` pairs by key."""
     pairs = {}
     for text in values:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ValueError(f"{option} {text!r} is not of the form key=value.")
-        pairs[key] = yaml.safe_load(value)
+        if not value.strip():
+            raise ValueError(f"{option} {text!r} gives no value; write null for none.")
+        pairs[key] = _value(value)
     return pairs
+
+
+def _value(text: str) -> Any:
+    """A number, truth value, null, list or mapping written as YAML; all else is text as it is.
+
+    So is what YAML would read as something else by surprise: ``~`` and comments (nothing), dates,
+    and the names of files that begin with a sign.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+    if isinstance(value, str):
+        return value if text.lstrip()[0] in "'\"" else text
+    if value is None:
+        return None if text.strip().lower() == "null" else text
+    return text if isinstance(value, datetime.date) else value
+
+
+def _expanded(path: Path | None) -> Path | None:
+    """``~`` is the home folder, also after an equals sign, where shells leave it alone."""
+    return None if path is None else Path(os.path.expanduser(path))
 
 
 def _split(text: str | None, kind: type = str) -> tuple[Any, ...] | None:
@@ -104,9 +138,12 @@ def run(
         str | None, typer.Option(help="cpu, cuda, mps (default: what there is).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split and of resampling.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file; options override it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file; options override it.", callback=_expanded)
+    ] = None,
     out: Annotated[
-        Path, typer.Option(help="Run folder; a run that was interrupted goes on.")
+        Path,
+        typer.Option(help="Run folder; a run that was interrupted goes on.", callback=_expanded),
     ] = Path("runs/run"),
 ) -> None:
     """Score, search, freeze, and measure a task before and after."""
@@ -154,7 +191,7 @@ def run(
         settings = pipeline.EigenpruneConfig.make(**(base | options))
         result = pipeline.run(settings, out)
         console.print(_before_and_after(result))
-        console.print(f"Run folder: {out}")
+        _say(f"Run folder: {out}")
 
 
 def _before_and_after(result: Any) -> Table:
@@ -204,12 +241,20 @@ def experiment(
         list[str] | None, typer.Option(help="Model of the study, repeatable (default: all).")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file in place of the study's own, where it has one.")
+        Path | None,
+        typer.Option(
+            help="YAML file in place of the study's own, where it has one.", callback=_expanded
+        ),
     ] = None,
     parts: Annotated[
-        Path, typer.Option(help="Folder of finished parts: an interrupted study goes on.")
+        Path,
+        typer.Option(
+            help="Folder of finished parts: an interrupted study goes on.", callback=_expanded
+        ),
     ] = Path("runs/experiments"),
-    out: Annotated[Path, typer.Option(help="Folder for table, page and figure.")] = Path("figures"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for table, page and figure.", callback=_expanded)
+    ] = Path("figures"),
 ) -> None:
     """Run a study: writes a table, a page and a figure."""
     with _clear_errors():
@@ -234,14 +279,16 @@ def experiment(
         result = study(**options)
         result.save(out)
         write_index(out)
-        console.print(result.summary.to_markdown(index=False))
-        console.print(f"Written to {out}/{name}.*")
+        _say(result.summary.to_markdown(index=False))
+        _say(f"Written to {out}/{name}.*")
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder of `eigenlens run`.")],
-    out: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
+    run: Annotated[Path, typer.Argument(help="Run folder of `eigenlens run`.", callback=_expanded)],
+    out: Annotated[
+        Path | None, typer.Option(help="Default: report.html in the folder.", callback=_expanded)
+    ] = None,
     circuit: Annotated[
         bool,
         typer.Option(help="Load the model again for the circuit and the activations."),
@@ -251,7 +298,7 @@ def report(
     with _clear_errors():
         from eigenlens.report import write_report
 
-        console.print(f"Report: {write_report(run, out, inside=circuit)}")
+        _say(f"Report: {write_report(run, out, inside=circuit)}")
 
 
 @app.command()
@@ -262,9 +309,9 @@ def figures(
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="svg, pdf, png, html (default: all).")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of tables, pages and figures.")] = Path(
-        "figures"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder of tables, pages and figures.", callback=_expanded)
+    ] = Path("figures"),
 ) -> None:
     """Draw the figures of the studies again from their stored tables."""
     with _clear_errors():
@@ -272,7 +319,7 @@ def figures(
         from eigenlens.plots.export import FORMATS
 
         for result in redraw(out, names or (), formats or FORMATS):
-            console.print(f"Drawn: {out}/{result.name}.*")
+            _say(f"Drawn: {out}/{result.name}.*")
 
 
 @app.command()
@@ -285,7 +332,9 @@ def bench(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per pass.")] = 50,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats.", min=1)] = 5,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write.", callback=_expanded)
+    ] = None,
 ) -> None:
     """Time a scoring pass against an ordinary training step."""
     with _clear_errors():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, get_args
 
+import pandas as pd
 import torch
 from datasets import Dataset
 from einops import einsum
@@ -67,6 +68,29 @@ def decompose(
     if cache:
         disk.trim()
     return spectra
+
+
+def decomposed_again(
+    model: TransformerBridge, components: pd.DataFrame, basis: str, seed: int | None
+) -> Spectra:
+    """The decomposition that components read from a file are of.
+
+    Args:
+        model: with the weights that they belong to.
+        components: rows with the columns ``layer`` and ``matrix``.
+        basis: of the components.
+        seed: of a ``random`` basis.
+
+    Raises:
+        ValueError: a ``pca`` basis, which follows from data and not from weights.
+    """
+    if basis == "pca":
+        raise ValueError(
+            "The directions of a pca basis follow from data: give the spectra by "
+            "dataclasses.replace(…, spectra=…)."
+        )
+    kinds, layers = (sorted(set(components[name])) for name in ("matrix", "layer"))
+    return decompose(model, kinds, layers, basis=basis, seed=seed or 0, progress=False)
 
 
 def _makers(

@@ -3,6 +3,7 @@
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.files import load_table, save_table
-from eigenlens.metrics import answer_logits, answer_loss, check_eval_mode
+from eigenlens.inputs import check_data
+from eigenlens.metrics import answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.provenance import Provenance, text_hash
 from eigenlens.tasks.batches import Batch, make_batches
+from eigenlens.tasks.candidates import candidates_of, check_distinct, with_answers
 
 Interval = tuple[float, float]
 _CONFIDENCE = 0.95
@@ -29,8 +32,9 @@ class Evaluation:
 
     Attributes:
         examples: one row each: ``prompt, answer, predicted, loss, correct`` and, for tasks with
-            candidate answers, ``choice`` and ``choice_correct``. ``predicted`` holds the most
-            likely token at each answer position, decoded; ``loss`` is in nats per answer.
+            candidate answers, ``choice`` and ``choice_correct`` (missing for examples without
+            candidates). ``predicted`` holds the most likely token at each answer position, decoded;
+            ``loss`` is in nats per answer.
         provenance: model, data hash and versions.
     """
 
@@ -59,17 +63,30 @@ class Evaluation:
 
     @property
     def choice_accuracy(self) -> float | None:
-        """Share whose answer is the most likely candidate; ``None`` without candidates."""
-        if "choice_correct" not in self.examples:
-            return None
-        return float(self.examples["choice_correct"].mean())
+        """Share whose answer is the most likely candidate, of the examples with candidates.
+
+        ``None`` where no example has any.
+        """
+        return float(self._chosen.mean()) if self.choice_n else None
 
     @property
     def choice_interval(self) -> Interval | None:
         """Wilson 95 % interval of :attr:`choice_accuracy`."""
-        if "choice_correct" not in self.examples:
+        if not self.choice_n:
             return None
-        return wilson_interval(int(self.examples["choice_correct"].sum()), self.n)
+        return wilson_interval(int(self._chosen.sum()), self.choice_n)
+
+    @property
+    def choice_n(self) -> int:
+        """Number of examples with candidates."""
+        return len(self._chosen)
+
+    @property
+    def _chosen(self) -> pd.Series:
+        """Whether the answer is the most likely candidate, of the examples with candidates."""
+        if "choice_correct" not in self.examples:
+            return pd.Series(dtype=bool)
+        return self.examples["choice_correct"].dropna().astype(bool)
 
     def summary(self) -> dict[str, Any]:
         """The numbers of ``metrics.json``."""
@@ -82,6 +99,7 @@ class Evaluation:
         if self.choice_interval is not None:
             numbers["choice_accuracy"] = self.choice_accuracy
             numbers["choice_interval"] = list(self.choice_interval)
+            numbers["choice_n"] = self.choice_n
         return numbers
 
     def _repr_html_(self) -> str:
@@ -136,26 +154,31 @@ def evaluate(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a model in training mode, an empty data set, or examples that do not tokenise
-            or fit the context; an answer that is not among its candidates.
+        ValueError: no ``TransformerBridge`` or one in training mode; no ``Dataset`` of prompts and
+            answers, or an empty one; examples that do not tokenise or fit the context; an
+            answer that is not among its candidates, or two candidates that are the same tokens.
     """
     check_eval_mode(model)
-    _check_candidates(data)
+    check_data(data)
+    candidates = candidates_of(data)
+    _check_answers(data, candidates)
+    if choices:
+        check_distinct(model, data, candidates)
     rows: dict[int, dict[str, Any]] = {}
     batches = make_batches(data, model, batch_size)
     with torch.no_grad():
         for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
             rows |= _measure(model, batch)
     measured = pd.DataFrame([rows[index] for index in range(len(data))])
-    examples = pd.DataFrame({"prompt": list(data["prompt"]), "answer": list(data["answer"])})
+    examples = pd.DataFrame({name: list(data[name][:]) for name in ("prompt", "answer")})
     examples = examples.join(measured)
-    if choices:
-        examples = examples.join(_choices(model, data, examples["loss"], batch_size))
+    if choices and any(candidates):
+        examples = examples.join(_choices(model, data, candidates, examples["loss"], batch_size))
     return Evaluation(examples, Provenance.of(model, task_hash=text_hash(data.to_list())))
 
 
 def _measure(model: TransformerBridge, batch: Batch) -> dict[int, dict[str, Any]]:
-    logits = answer_logits(model, batch).float()
+    logits = precise(answer_logits(model, batch))
     loss = answer_loss(logits, batch)
     best = logits.argmax(-1)
     correct = ((best == batch.answer) | ~batch.answer_mask).all(-1)
@@ -167,48 +190,60 @@ def _measure(model: TransformerBridge, batch: Batch) -> dict[int, dict[str, Any]
     return {i: {"predicted": p, "loss": x, "correct": c} for i, p, x, c in columns}
 
 
-def _check_candidates(data: Dataset) -> None:
-    if "candidates" not in data.column_names:
-        return
-    for row, (answer, candidates) in enumerate(
-        zip(data["answer"], data["candidates"], strict=True)
-    ):
-        if candidates and answer not in candidates:
-            raise ValueError(f"Example {row}: the answer {answer!r} is not among {candidates}.")
+def _check_answers(data: Dataset, candidates: Sequence[Sequence[str]]) -> None:
+    for row, (answer, own) in enumerate(zip(data["answer"][:], candidates, strict=True)):
+        if own and answer not in own:
+            raise ValueError(f"Example {row}: the answer {answer!r} is not among {own}.")
 
 
 def _choices(
-    model: TransformerBridge, data: Dataset, answer_losses: pd.Series, batch_size: int
+    model: TransformerBridge,
+    data: Dataset,
+    candidates: Sequence[Sequence[str]],
+    answer_losses: pd.Series,
+    batch_size: int,
 ) -> pd.DataFrame:
-    """Most likely candidate of each example, or no columns for tasks without candidates.
+    """Most likely candidate of each example that has candidates.
 
     The losses of the right answers are known already: only the other candidates are run.
     """
-    candidates = list(data["candidates"]) if "candidates" in data.column_names else []
-    if not any(candidates):
-        return pd.DataFrame(index=range(len(data)))
-    answers = list(data["answer"])
+    answers = data["answer"][:]
     table = pd.DataFrame(
-        [(row, text) for row, texts in enumerate(candidates) for text in texts],
-        columns=["row", "text"],
+        [(row, text, text == answers[row]) for row, own in enumerate(candidates) for text in own],
+        columns=["row", "text", "right"],
     )
-    table["right"] = table["text"] == [answers[row] for row in table["row"]]
     table["loss"] = table["row"].map(answer_losses)
     wrong = table[~table["right"]]
-    variants = Dataset.from_dict(
-        {
-            "prompt": [data[row]["prompt"] for row in wrong["row"]],
-            "answer": list(wrong["text"]),
-        }
+    table.loc[wrong.index, "loss"] = _losses(
+        model, data, list(zip(wrong["row"], wrong["text"], strict=True)), batch_size
     )
-    losses = np.empty(len(wrong))
-    with torch.no_grad():
-        for batch in make_batches(variants, model, batch_size) if len(wrong) else []:
-            loss = answer_loss(answer_logits(model, batch).float(), batch)
-            losses[batch.indices] = loss.cpu().numpy()
-    table.loc[wrong.index, "loss"] = losses
     best = table.loc[table.groupby("row")["loss"].idxmin()].set_index("row")
-    return pd.DataFrame({"choice": best["text"], "choice_correct": best["right"]})
+    chosen = {"choice": best["text"], "choice_correct": best["right"]}
+    # Of the type that can miss: a plain column of truth values would turn into one of objects.
+    return pd.DataFrame(chosen).astype({"choice_correct": "boolean"})
+
+
+def _losses(
+    model: TransformerBridge, data: Dataset, answers: Sequence[tuple[int, str]], batch_size: int
+) -> np.ndarray:
+    """Loss of other answers to the prompts in these rows."""
+    losses = np.empty(len(answers))
+    if not answers:
+        return losses
+    others, rows = with_answers(data, answers), [row for row, _ in answers]
+    with torch.no_grad():
+        for batch in make_batches(others, model, batch_size, rows=rows):
+            loss = answer_loss(precise(answer_logits(model, batch)), batch)
+            losses[batch.indices] = loss.cpu().numpy()
+    return losses
+
+
+def preference(accuracy: float, loss: float, components: int = 0) -> tuple[float, ...]:
+    """The rule of every choice on validation data: the larger is preferred.
+
+    Highest exact-match accuracy, then lowest loss, then fewest components.
+    """
+    return (accuracy, -loss, -components)
 
 
 def perplexity(model: TransformerBridge, data: Dataset, *, batch_size: int = 50) -> float:
@@ -225,7 +260,7 @@ def perplexity(model: TransformerBridge, data: Dataset, *, batch_size: int = 50)
     nats, n_tokens = 0.0, 0
     with torch.no_grad():
         for batch in make_batches(data, model, batch_size):
-            nats += float(answer_loss(answer_logits(model, batch).float(), batch).sum())
+            nats += float(answer_loss(precise(answer_logits(model, batch)), batch).sum())
             n_tokens += int(batch.answer_mask.sum())
     return math.exp(nats / n_tokens)
 
@@ -236,12 +271,14 @@ def majority_accuracy(train: Dataset, test: Dataset) -> float:
     Of equally frequent answers, the one that comes first in ``train`` is given.
 
     Raises:
-        ValueError: an empty data set.
+        ValueError: no ``Dataset``, or an empty one.
     """
+    check_data(train)
+    check_data(test)
     if not len(train) or not len(test):
         raise ValueError("The majority answer needs examples on both sides.")
-    ((answer, _),) = Counter(train["answer"]).most_common(1)
-    return sum(other == answer for other in test["answer"]) / len(test)
+    ((answer, _),) = Counter(train["answer"][:]).most_common(1)
+    return sum(other == answer for other in test["answer"][:]) / len(test)
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.scoring import Scores
-from eigenlens.spectra import Spectrum, freeze_coordinates
+from eigenlens.spectra import Spectra, Spectrum, freeze_coordinates
 from eigenlens.tasks.batches import Batch, make_batches
 
 _MOST_ROWS = 400  # rows of a pass: more do not make a processor faster, and take memory
@@ -56,7 +56,7 @@ def exact_effects(
         ValueError: a model in training mode; scores without directions.
     """
     check_eval_mode(model)
-    scores = replace(scores, spectra=scores.require_spectra().on(model))
+    spectra = scores.spectra_on(model)
     rows = np.asarray(rows)
     batches = make_batches(data, model, batch_size)
     effects = np.empty((len(rows), len(data)))
@@ -70,7 +70,7 @@ def exact_effects(
             chunk = max(1, _MOST_ROWS // len(batch))
             for start in range(0, len(members), chunk):
                 which = members[start : start + chunk]
-                copies = _Copies(model, scores, rows[which], int(layer), batch, strength)
+                copies = _Copies(model, spectra, scores, rows[which], int(layer), batch, strength)
                 for at, logits in zip(which, copies.logits(), strict=True):
                     change = metric(precise(logits), batch) - base
                     effects[at, batch.indices] = change.double().cpu().numpy()
@@ -85,6 +85,7 @@ class _Copies:
     def __init__(
         self,
         model: TransformerBridge,
+        spectra: Spectra,
         scores: Scores,
         rows: np.ndarray,
         layer: int,
@@ -99,7 +100,7 @@ class _Copies:
         kinds = scores.components["matrix"].to_numpy()[rows]
         for kind in dict.fromkeys(kinds):
             copies = np.flatnonzero(kinds == kind)
-            spectrum = scores.require_spectra()[f"blocks.{layer}.{kind}"]
+            spectrum = spectra[f"blocks.{layer}.{kind}"]
             edit = _Edit(spectrum, scores, rows[copies], copies, self._n, batch, strength)
             self._edits.append((spectrum.site.hook, edit))
 
@@ -154,7 +155,8 @@ class _Edit:
     ) -> None:
         chosen = scores.components.iloc[rows]
         flat = spectrum.subset(chosen["head"].to_numpy(), chosen["index"].to_numpy())
-        assert flat.read is not None and flat.write is not None
+        assert flat.read is not None
+        assert flat.write is not None
         self._own = replace(
             flat,
             read=rearrange(flat.read, "1 width k -> k width 1"),

@@ -21,8 +21,7 @@ from eigenlens.evaluation import evaluate
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.metrics import Metric, answer_logits, answer_loss, precise
-from eigenlens.scoring import Scores, score
-from eigenlens.spectra import Spectra
+from eigenlens.scoring import Scores, SingleEffects
 from eigenlens.tasks.batches import make_batches
 
 # Shares of the components with the largest |score| where strata end: few of them do most.
@@ -153,14 +152,17 @@ def set_effects(
     """
     keys = ["layer", "matrix", "head", "index"]
     known = scores.components[keys].assign(delta_loss=scores.delta_loss)
-    base = evaluate(model, data, batch_size=batch_size, choices=False).loss
+    base = evaluate(model, data, batch_size=batch_size, choices=False, progress=False).loss
     rows = []
     for name, frozen in sets.items():
         listed = frozen.to_pandas().merge(known, on=keys, how="left")
         if unknown := int(listed["delta_loss"].isna().sum()):
             raise ValueError(f"{name}: {unknown} of {len(frozen)} components have no score.")
         with freeze(model, frozen):
-            real = evaluate(model, data, batch_size=batch_size, choices=False).loss - base
+            real = (
+                evaluate(model, data, batch_size=batch_size, choices=False, progress=False).loss
+                - base
+            )
         predicted = float((listed["delta_loss"] * listed["strength"]).sum())
         rows.append({"set": name, "components": len(frozen), "predicted": predicted, "real": real})
     return pd.DataFrame(rows)
@@ -225,25 +227,28 @@ def curve_areas(curve: pd.DataFrame) -> dict[str, float]:
 
 
 def bootstrap_scores(
-    model: TransformerBridge,
-    spectra: Spectra,
-    data: Dataset,
-    *,
-    n_resamples: int = 10,
-    seed: int = 0,
-    **options: Any,
+    single: SingleEffects, *, n_resamples: int = 10, seed: int = 0
 ) -> Float[np.ndarray, "resample component"]:
-    """Scores on resamples of the data (with replacement); ``options`` go to ``score``."""
+    """Scores on resamples of the examples (with replacement), without running the model.
+
+    Means, which take the place of coordinates, stay those of all examples.
+
+    Args:
+        single: effects on single examples (:func:`eigenlens.scoring.single_effects`).
+        n_resamples: how many resamples.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a criterion that does not follow from effects on single examples (``max``).
+    """
     rng = np.random.default_rng(seed)
+    n = len(single.metric)
+    criterion = single.scores.criterion
     return np.stack(
         [
-            score(
-                model,
-                spectra,
-                data.select(rng.integers(0, len(data), len(data))),
-                progress=False,
-                **options,
-            ).delta_loss
+            single.weighted(rng.multinomial(n, np.full(n, 1 / n)).astype(float))
+            .with_criterion(criterion)
+            .delta_loss
             for _ in range(n_resamples)
         ]
     )

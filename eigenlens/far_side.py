@@ -2,8 +2,8 @@
 
 A component has its vectors on one side of its map only; ``r_i`` and ``w_i`` of an input go through
 the weight to the output, those of an output back to the input. With ``y = x W + b`` the component
-of the map is ``E_i = r_i (w_i W)`` for coordinates of x, ``E_i = (W r_i) w_i`` for those of y; in the
-singular basis ``σ_i u_i v_iᵀ`` either way. All of this is computed when somebody asks.
+of the map is ``E_i = r_i (w_i W)`` for coordinates of x, ``E_i = (W r_i) w_i`` for those of y; in
+the singular basis ``σ_i u_i v_iᵀ`` either way. All of this is computed when somebody asks.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,8 @@ def map_directions(
 ) -> MapDirections:
     """Both sides of chosen components, in the spaces of all heads side by side."""
     own = spectrum.subset(head, index)
-    assert own.read is not None and own.write is not None
+    assert own.read is not None
+    assert own.write is not None
     matrix = spectrum.site.find(model)
     weight = matrix.flat_weight.detach().to(own.read)
     zero = torch.zeros(len(head), dtype=weight.dtype, device=weight.device)
@@ -81,8 +82,8 @@ def _filled(vectors: Tensor | None, spectrum: Spectrum) -> Tensor:
 def zero_coordinates(model: TransformerBridge, directions: Directions) -> Float[Tensor, "head k"]:
     """Coordinates of a map whose input is zero: ``b · r_i`` on the side of outputs, else zero.
 
-    The input of the joint map ``OV`` is that of ``W_V``, so its coordinates are ``b_V · r_i``, which
-    attention passes on unchanged.
+    The input of the joint map ``OV`` is that of ``W_V``, so its coordinates are ``b_V · r_i``,
+    which attention passes on unchanged.
     """
     site, read = directions.site, directions.read
     bias = _bias(model, site)

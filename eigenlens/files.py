@@ -5,6 +5,7 @@ foreign or truncated file is refused with a sentence instead of failing somewher
 """
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,8 @@ class FileFormatError(ValueError):
 
 def cache_dir() -> Path:
     """Folder for dequantised models and decompositions: ``EIGENLENS_CACHE`` or the user's cache."""
-    return Path(os.environ.get("EIGENLENS_CACHE") or platformdirs.user_cache_dir("eigenlens"))
+    own = os.environ.get("EIGENLENS_CACHE")
+    return Path(os.path.expanduser(own) if own else platformdirs.user_cache_dir("eigenlens"))
 
 
 @contextmanager
@@ -55,8 +57,27 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write ``value`` as indented JSON, atomically; NaN and infinity, which JSON lacks, as null."""
+    text = json.dumps(_nulls(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _nulls(value: Any) -> Any:
+    """``value`` with ``None`` for each number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _nulls(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _missing_numbers(value: Any) -> Any:
+    """``value`` with NaN for each null in a list: the lists of a record are columns of tables."""
+    if isinstance(value, dict):
+        return {key: _missing_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [math.nan if item is None else _missing_numbers(item) for item in value]
+    return value
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
@@ -83,6 +104,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _header(kind: str, metadata: Mapping[str, Any]) -> str:
+    """A header for :func:`_check_header` alone, in Python's JSON, which has NaN and infinities."""
     return json.dumps({"kind": kind, "format": _FORMATS.get(kind, "1"), **metadata})
 
 
@@ -202,7 +224,7 @@ def load_arrays(
 
 
 def save_record(path: str | os.PathLike[str], kind: str, record: Mapping[str, Any]) -> None:
-    """Write a JSON object with a header, atomically."""
+    """Write a JSON object with a header, atomically; tables in it are lists by column."""
     write_json(path, {_HEADER: json.loads(_header(kind, {})), **record})
 
 
@@ -220,4 +242,5 @@ def load_record(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise FileFormatError(f"{path} is truncated or not a JSON file ({error}).") from error
     header = record.pop(_HEADER, None) if isinstance(record, dict) else None
     _check_header(path, kind, json.dumps(header) if header else None)
-    return record
+    found: dict[str, Any] = _missing_numbers(record)
+    return found

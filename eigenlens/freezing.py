@@ -120,7 +120,8 @@ class _SiteEdit:
         bias_only: bool,
     ) -> "_SiteEdit":
         write = directions.write
-        assert directions.read is not None and write is not None
+        assert directions.read is not None
+        assert write is not None
         table = torch.tensor(frozen.means[rows].table()).T[:, None].to(write)
         strength = torch.tensor(frozen.components["strength"].to_numpy()[None, rows]).to(write)
         if bias_only:  # coordinates of outputs hold the bias of the map, which is there already

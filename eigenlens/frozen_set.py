@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.decomposition import decompose
+from eigenlens.decomposition import decomposed_again
 from eigenlens.files import FileFormatError, load_tensors, save_tensors
 from eigenlens.matrices import KINDS, Site
 from eigenlens.position_means import PositionMeans
@@ -116,13 +116,7 @@ class FrozenSet:
         """
         self.check_model(model)
         if self.directions is None and self.spectra is None and len(self):
-            if self.basis == "pca":
-                raise ValueError(
-                    "The directions of a pca basis follow from data, and this set holds none."
-                )
-            kinds, layers = (sorted(set(self.components[name])) for name in ("matrix", "layer"))
-            options = {"basis": self.basis, "seed": self.seed or 0}
-            spectra = decompose(model, kinds, layers, **options, progress=False)
+            spectra = decomposed_again(model, self.components, self.basis, self.seed)
             return replace(self, spectra=spectra).directions_on(model)
         return {
             name: own.to(own.site.find(model).flat_weight.device)

@@ -47,7 +47,7 @@ class Gates:
             ValueError: ``scores`` were loaded from a file and have no directions, or belong to
                 other weights.
         """
-        spectra = scores.require_spectra().on(model)
+        spectra = scores.spectra_on(model)
         self.model = model
         self._sizes = spectra.sizes
         self._spectra = list(spectra.values())

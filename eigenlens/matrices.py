@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
+from eigenlens.inputs import check_model
+
 MATRIX_KINDS = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
 MLP_KINDS = MATRIX_KINDS[4:]  # single maps, without heads
 JOINT_KINDS = ("QK", "OV")  # W_Q W_Kᵀ and W_V W_O
@@ -243,9 +245,11 @@ def weight_matrices(
         layers: blocks to list (default: all).
 
     Raises:
-        ValueError: an unknown matrix kind or layer, or a kind that the model does not have.
+        ValueError: no bridge; an unknown matrix kind or layer, or a kind that the model does not
+            have.
         UnsupportedModelError: a mixture-of-experts or state-space block; names layer and kind.
     """
+    check_model(model)
     kinds = _checked_kinds(matrices)
     if not hasattr(model, "blocks"):
         raise UnsupportedModelError(

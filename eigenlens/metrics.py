@@ -14,14 +14,17 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from eigenlens.inputs import check_data, check_model, check_tokenizer
 from eigenlens.positions import prompt_ends_at
 from eigenlens.tasks.batches import Batch, make_batches, tokenise
+from eigenlens.tasks.candidates import candidates_of, with_answers
 
 Metric = Callable[[Float[Tensor, "batch answer d_vocab"], Batch], Float[Tensor, " batch"]]
 
 
 def check_eval_mode(model: TransformerBridge) -> None:
-    """Raise ``ValueError`` for a model in training mode, whose numbers would be random."""
+    """Raise ``ValueError`` for no bridge, or one in training mode, whose numbers are random."""
+    check_model(model)
     if model.training or model.original_model.training:
         raise ValueError(
             "The model is in training mode, where dropout is random: call model.eval()."
@@ -94,22 +97,27 @@ def wrong_candidates(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Int[T
         ValueError: an example without exactly two candidates, one of them the answer, or whose
             candidates begin with the same token, so that no difference would be seen.
     """
+    check_data(data)
+    check_tokenizer(tokenizer)
+    candidates = candidates_of(data)
     others = []
-    for row, example in enumerate(data):
-        wrong = [text for text in example["candidates"] if text != example["answer"]]
-        if len(example["candidates"]) != 2 or len(wrong) != 1:
+    for row, (answer, own) in enumerate(zip(data["answer"][:], candidates, strict=True)):
+        wrong = [text for text in own if text != answer]
+        if len(own) != 2 or len(wrong) != 1:
             raise ValueError(
                 f"Example {row}: a logit difference needs two candidates, one of them the answer "
-                f"{example['answer']!r}, not {example['candidates']}."
+                f"{answer!r}, not {own}."
             )
-        others.append({"prompt": example["prompt"], "answer": wrong[0]})
+        others.append((row, wrong[0]))
     right = [encoded.answer[0] for encoded in tokenise(data, tokenizer)]
-    wrong_tokens = [encoded.answer[0] for encoded in tokenise(Dataset.from_list(others), tokenizer)]
+    wrong_tokens = [
+        encoded.answer[0] for encoded in tokenise(with_answers(data, others), tokenizer)
+    ]
     for row, (one, other) in enumerate(zip(right, wrong_tokens, strict=True)):
         if one == other:
             raise ValueError(
-                f"Example {row}: the candidates {data[row]['candidates']} begin with the same "
-                "token, so their first logits do not differ."
+                f"Example {row}: the candidates {candidates[row]} begin with the same token, so "
+                "their first logits do not differ."
             )
     return torch.tensor(wrong_tokens)
 

@@ -48,11 +48,12 @@ def output_statistics(
         ValueError: a model in training mode, or an empty data set.
     """
     check_eval_mode(model)
+    batches = make_batches(data, model, batch_size)
     n = len(data)
     entropy, second = 0.0, 0.0
     first: Tensor | float = 0.0
     tokens = []
-    for batch in make_batches(data, model, batch_size):
+    for batch in batches:
         with torch.no_grad():
             log_p = answer_logits(model, batch)[:, 0].double().log_softmax(-1)
         p = log_p.exp()

@@ -19,7 +19,7 @@ GradHandler = Callable[[Site, Activation, Activation, Float[Tensor, " batch"]], 
 
 
 class FiniteCheck:
-    """Remembers which examples were finite, and asks once: a device is not waited for in between."""
+    """Remembers which examples were finite, and asks once: no device is waited for in between."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[str, list[int], Bool[Tensor, " batch"]]] = []

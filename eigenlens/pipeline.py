@@ -4,158 +4,30 @@ With ``out`` every stage is written as it ends; a run that was interrupted goes 
 finished one is read back. The folder's ``config.yaml`` alone reproduces the run.
 """
 
-import inspect
+import html
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.config import EigenpruneConfig, search_options
 from eigenlens.decomposition import decompose
-from eigenlens.errors import problems
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
-from eigenlens.files import FileFormatError, read_yaml, write_json, write_text
+from eigenlens.files import FileFormatError, write_json
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
-from eigenlens.paper.released_code import (
-    ReferenceCode,
-    finetuned,
-    score_like_reference,
-    select_like_reference,
-)
-from eigenlens.plots import search_trace, spectrum
-from eigenlens.provenance import Provenance, versions
+from eigenlens.provenance import same_weights, versions
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES, refined
-from eigenlens.scoring import Criterion, Reference, Scores, score
-from eigenlens.search import SEARCHES, Protection, SearchResult
+from eigenlens.scoring import Scores, score
+from eigenlens.search import SEARCHES, Protection, SearchResult, iterative, one_shot
 from eigenlens.spectra import Spectra
+from eigenlens.stages import Stages
 from eigenlens.tasks import Task, load_task
 
-T = TypeVar("T")
-
-
-class EigenpruneConfig(BaseModel):
-    """Everything that a run depends on. Unknown keys are refused.
-
-    ``search`` is a key of :data:`eigenlens.search.SEARCHES` and ``search_args`` are its own
-    keyword arguments. All choices are made on the validation split: highest exact-match accuracy,
-    then lowest loss. ``protect`` names tasks (with their arguments) whose validation split the edit
-    must leave as it is, to within ``protect_bound`` nats of divergence per answer token.
-    ``refine`` components, those whose scores are least to be trusted, get their exact effect on
-    some training examples instead of the estimate: by default 600 for ``one_shot``, the only search
-    that ranks once and for all, unless the criterion is ``max`` or ``ucb`` or the reference
-    ``resample``, which do not estimate the mean effect of freezing.
-
-    Of long prompts, ``n_positions`` of the last positions keep a mean of their own (default: all);
-    those before them share one, which bounds memory and the size of the edit.
-
-    ``reference_code`` scores and selects as the paper's released code does; its switches say in
-    what. ``seed`` is the seed of the task, of resampling and of the search.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str = "arith-tiny"
-    dtype: str = "float32"
-    device: str | None = None
-    task: str = "ambiguous"
-    task_args: dict[str, Any] = Field(default_factory=dict)
-    matrices: tuple[str, ...] | None = None
-    layers: tuple[int, ...] | None = None
-    reference_code: ReferenceCode | None = None
-    criterion: Criterion = "margin"
-    refine: int | None = Field(default=None, ge=0)
-    reference: Reference = "mean"
-    search: Literal["one_shot", "iterative", "guarded", "learned"] = "learned"
-    search_args: dict[str, Any] = Field(default_factory=dict)
-    protect: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    protect_bound: float = Field(default=0.05, ge=0)
-    batch_size: int = Field(default=50, ge=1)
-    n_positions: int | None = Field(default=None, ge=0)
-    seed: int = 0
-
-    @field_validator("search_args")
-    @classmethod
-    def _check_search_args(cls, args: dict[str, Any], info: Any) -> dict[str, Any]:
-        # ``info`` is pydantic's ValidationInfo, a protocol that cannot be checked at run time.
-        return _valid_options(info.data["search"], args) if "search" in info.data else args
-
-    @model_validator(mode="after")
-    def _check_search(self) -> "EigenpruneConfig":
-        if self.protect and "protect" not in inspect.signature(SEARCHES[self.search]).parameters:
-            raise ValueError(f"search={self.search!r} cannot protect: use guarded or learned")
-        if self.reference_code is not None and self.search != "one_shot":
-            raise ValueError("reference_code goes with search='one_shot'")
-        return self
-
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> "EigenpruneConfig":
-        """The configuration of a key of :data:`PRESETS`; ``overrides`` win.
-
-        Raises:
-            ValueError: no such preset, or a value that is not valid.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"Unknown preset {name!r}; choose from {', '.join(PRESETS)}.")
-        return cls.make(**{**PRESETS[name], **overrides})
-
-    @classmethod
-    def make(cls, **values: Any) -> "EigenpruneConfig":
-        """Like the constructor, with one readable ``ValueError`` for all that is wrong."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise ValueError(f"The configuration is not valid. {problems(error)}") from error
-
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> "EigenpruneConfig":
-        """Read a YAML file; ``overrides`` win.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            FileFormatError: it is no YAML mapping.
-            ValueError: an unknown key or a value out of range.
-        """
-        return cls.make(**read_yaml(path) | overrides)
-
-    def to_yaml(self) -> str:
-        """All values as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's text: per-position means, worst case over examples, three shares to choose from.
-    "paper": {
-        "criterion": "max",
-        "reference": "mean",
-        "search": "one_shot",
-        "search_args": {"fractions": [0.01, 0.05, 0.1], "or_nothing": False},
-    },
-    # The released code, all deviations on; its main script freezes 30 % of the keys.
-    "reference_code": {
-        "matrices": ["W_K"],
-        "reference_code": {},
-        "search": "one_shot",
-        "search_args": {"fractions": [0.3], "or_nothing": False},
-    },
-}
 _FINISHED = (
     "config.yaml",
     "before.parquet",
@@ -167,25 +39,6 @@ _FINISHED = (
     "metrics.json",
 )
 _STATE = "search.safetensors"  # of a search that is not done yet
-# Given by the run itself, not by ``search_args``.
-_GIVEN = {"protect", "choose", "batch_size", "seed", "checkpoint", "progress"}
-
-
-def _valid_options(search: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A search's arguments in their types (YAML reads 1e-3 as text); an error names wrong ones."""
-    parameters = inspect.signature(SEARCHES[search]).parameters.values()
-    own = {
-        p.name: (p.annotation, ... if p.default is p.empty else p.default)
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN
-    }
-    model = create_model(search, __config__=ConfigDict(extra="forbid"), **own)  # type: ignore[call-overload]
-    try:
-        valid = model(**options)
-    except ValidationError as error:
-        raise ValueError(f"{problems(error)} (arguments of {search}: {', '.join(own)})") from error
-    found: dict[str, Any] = valid.model_dump(exclude_unset=True)
-    return found
 
 
 @dataclass(frozen=True)
@@ -248,8 +101,8 @@ class EigenpruneResult:
             for name, e in (("before", self.before), ("after", self.after))
         )
         return (
-            f"<p>{self.config.task} on {self.config.model}: {len(self.frozen):,} of "
-            f"{self.frozen.n_candidates:,} components {self.frozen.edit} "
+            f"<p>{html.escape(f'{self.config.task} on {self.config.model}')}: "
+            f"{len(self.frozen):,} of {self.frozen.n_candidates:,} components {self.frozen.edit} "
             f"({self.frozen.fraction:.2%}); "
             f"{self.before.n} test examples, McNemar p = {self.comparison.p_value:.2g}</p>"
             "<table><tr><th></th><th>accuracy</th><th>95 % interval</th>"
@@ -289,33 +142,22 @@ def eigenprune(
         ValueError: bad options or data; ``out`` holds a run with another configuration.
     """
     config = config or EigenpruneConfig()
-    stages = _Stages(config, Path(out) if out is not None else None, model, task)
+    stages = Stages(config, Path(out) if out is not None else None, model, task)
     before = stages.do(
         "before",
         "before.parquet",
         Evaluation.load,
         lambda: evaluate(model, task.test, batch_size=config.batch_size, progress=progress),
     )
-    with _fine_tuned(model, task, config):
+    with same_weights(model):
         return _edit(model, task, config, stages, before, progress)
-
-
-@contextmanager
-def _fine_tuned(model: TransformerBridge, task: Task, config: EigenpruneConfig) -> Iterator[None]:
-    """The released code's optional epoch on all weights, taken back on leaving."""
-    switches = config.reference_code
-    if switches is None or not switches.finetune:
-        yield
-        return
-    with finetuned(model, task.train, batch_size=switches.batch_size, seed=config.seed):
-        yield
 
 
 def _edit(
     model: TransformerBridge,
     task: Task,
     config: EigenpruneConfig,
-    stages: "_Stages",
+    stages: Stages,
     before: Evaluation,
     progress: bool,
 ) -> EigenpruneResult:
@@ -352,8 +194,6 @@ def _edit(
     )
     if stages.out is not None:
         write_json(stages.out / "metrics.json", result.metrics())
-        stages.write("spectrum.html", lambda path: spectrum(scores, frozen).write_html(path))
-        stages.write("trace.html", lambda path: search_trace(found).write_html(path))
     return result
 
 
@@ -361,14 +201,10 @@ def _score(
     model: TransformerBridge,
     task: Task,
     config: EigenpruneConfig,
-    stages: "_Stages",
+    stages: Stages,
     progress: bool,
 ) -> Scores:
-    spectra = _spectra(model, config, stages, progress)
-    if config.reference_code is not None:
-        return score_like_reference(
-            model, spectra, task.train, config.reference_code, seed=config.seed
-        )
+    spectra = _spectra(model, task, config, stages, progress)
     scores = score(
         model,
         spectra,
@@ -394,10 +230,16 @@ def _score(
 
 
 def _spectra(
-    model: TransformerBridge, config: EigenpruneConfig, stages: "_Stages", progress: bool
+    model: TransformerBridge,
+    task: Task,
+    config: EigenpruneConfig,
+    stages: Stages,
+    progress: bool,
 ) -> Spectra:
+    data = task.train if config.basis == "pca" else None
+    options: dict[str, Any] = {"basis": config.basis, "seed": config.seed, "data": data}
     with stages.timed("decompose"):
-        return decompose(model, config.matrices, config.layers, progress=progress)
+        return decompose(model, config.matrices, config.layers, **options, progress=progress)
 
 
 def _search(
@@ -405,33 +247,37 @@ def _search(
     task: Task,
     config: EigenpruneConfig,
     scores: Scores,
-    stages: "_Stages",
+    stages: Stages,
     progress: bool,
 ) -> SearchResult:
     if scores.spectra is None:  # read back from the run folder
-        scores = replace(scores, spectra=_spectra(model, config, stages, progress))
-    options: dict[str, Any] = {"batch_size": config.batch_size, **config.search_args}
+        scores = replace(scores, spectra=_spectra(model, task, config, stages, progress))
+    shared = {"batch_size": config.batch_size}
     if config.search == "one_shot":
-        if config.reference_code is not None:
-            options["choose"] = partial(select_like_reference, switches=config.reference_code)
-        return SEARCHES["one_shot"](model, scores, task.validation, **options)
-    if "seed" in inspect.signature(SEARCHES[config.search]).parameters:
-        options["seed"] = config.seed
-    if config.protect:
-        spared = {
-            name: load_task(name, model.tokenizer, **{"seed": config.seed} | arguments)
-            for name, arguments in config.protect.items()
-        }
-        options["protect"] = Protection(
-            model,
-            {name: task.validation for name, task in spared.items()},
-            unseen={name: task.test for name, task in spared.items()},
-            bound=config.protect_bound,
-            batch_size=config.batch_size,
-        )
+        return one_shot(model, scores, task.validation, **shared, **config.search_args)
     state = stages.out / _STATE if stages.out is not None else None
-    return SEARCHES[config.search](
-        model, scores, task.train, task.validation, checkpoint=state, progress=progress, **options
+    given: dict[str, Any] = {"checkpoint": state, "progress": progress}
+    splits = (task.train, task.validation)
+    if config.search == "iterative":
+        return iterative(model, scores, *splits, **shared, **config.search_args, **given)
+    options = search_options(config.search)(seed=config.seed, **shared, **config.search_args)
+    protect = _protection(model, config)
+    return SEARCHES[config.search](model, scores, *splits, options, protect=protect, **given)
+
+
+def _protection(model: TransformerBridge, config: EigenpruneConfig) -> Protection | None:
+    if not config.protect:
+        return None
+    spared = {
+        name: load_task(name, model.tokenizer, **{"seed": config.seed} | arguments)
+        for name, arguments in config.protect.items()
+    }
+    return Protection(
+        model,
+        {name: task.validation for name, task in spared.items()},
+        unseen={name: task.test for name, task in spared.items()},
+        bound=config.protect_bound,
+        batch_size=config.batch_size,
     )
 
 
@@ -482,46 +328,3 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[EigenpruneResult, dict[str
         metrics["seconds"],
     )
     return result, metrics
-
-
-class _Stages:
-    """Runs stages, or reads back what an earlier run with this configuration wrote."""
-
-    def __init__(
-        self, config: EigenpruneConfig, out: Path | None, model: TransformerBridge, task: Task
-    ) -> None:
-        self.out = out
-        self.seconds: dict[str, float] = {}
-        self._fingerprint = Provenance.of(model).model_fingerprint
-        if out is None:
-            return
-        identity = config.to_yaml() + f"# model {self._fingerprint}, task {task.hash}\n"
-        file = out / "config.yaml"
-        if file.is_file() and file.read_text(encoding="utf-8") != identity:
-            raise ValueError(
-                f"{out} holds a run with another configuration, model or task (see config.yaml "
-                "there). Choose another folder, or delete that one."
-            )
-        write_text(file, identity)
-
-    def do(self, name: str, file: str, load: Callable[[Path], T], make: Callable[[], T]) -> T:
-        """Read ``file`` of the run folder if it is whole, else make the result and write it."""
-        with self.timed(name):
-            if self.out is not None:
-                with suppress(FileNotFoundError, FileFormatError):  # absent or damaged: made anew
-                    return load(self.out / file)
-            made = make()
-        self.write(file, made.save)  # type: ignore[attr-defined]
-        return made
-
-    def write(self, file: str, save: Callable[[Path], Any]) -> None:
-        """Save into the run folder, where there is one."""
-        if self.out is not None:
-            save(self.out / file)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Record the seconds of a stage, without those of stages inside it."""
-        start, inner = time.perf_counter(), sum(self.seconds.values())
-        yield
-        self.seconds[name] = time.perf_counter() - start - (sum(self.seconds.values()) - inner)

@@ -22,7 +22,7 @@ _Numbers = Float[np.ndarray, "component position"]
 
 @dataclass(frozen=True)
 class Positions:
-    """Rows of per-position sums: one for each position from ``start`` to ``stop``, one for the rest.
+    """Rows of per-position sums: one for each position from ``start`` to ``stop``, one for others.
 
     Attributes:
         start, stop: the positions with a row of their own; none where they are equal.

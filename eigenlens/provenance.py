@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.inputs import check_model
+
 _PACKAGES = ("eigenlens", "torch", "transformers", "transformer-lens", "numpy")
 
 
@@ -43,7 +45,12 @@ class Provenance(BaseModel):
         task_hash: str | None = None,
         seed: int | None = None,
     ) -> "Provenance":
-        """Record the model at hand and the versions that are running."""
+        """Record the model at hand and the versions that are running.
+
+        Raises:
+            ValueError: the model is no ``TransformerBridge``.
+        """
+        check_model(model)
         return cls(
             model=str(getattr(model.cfg, "model_name", "") or "unnamed"),
             model_fingerprint=model_fingerprint(model),

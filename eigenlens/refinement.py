@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from einops import rearrange
 from jaxtyping import Float
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -32,8 +31,8 @@ from eigenlens.exact import exact_effects
 from eigenlens.gates import Gates
 from eigenlens.metrics import Metric, answer_loss
 from eigenlens.scoring import Scores
-from eigenlens.scoring.accumulators import margin_effect
 from eigenlens.scoring.criteria import first_order, fisher
+from eigenlens.scoring.single_effects import single_effects
 from eigenlens.tasks.batches import make_batches
 
 # What `eigenlens run` does where it freezes by one ranking.
@@ -43,7 +42,7 @@ REFINED_EXAMPLES = 50
 
 def integrated(
     model: TransformerBridge,
-    base: Scores,
+    scores: Scores,
     data: Dataset,
     *,
     steps: int = 16,
@@ -55,7 +54,7 @@ def integrated(
 
     Args:
         model: in eval mode, unedited.
-        base: its scores: components, directions and means.
+        scores: its scores: components, directions and means.
         data: examples to differentiate on.
         steps: nodes of the midpoint rule.
         metric: a number per example; the loss in nats by default.
@@ -71,13 +70,13 @@ def integrated(
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1 is needed.")
     batches = make_batches(data, model, batch_size)
-    total = np.zeros(len(base))
-    with Gates(model, base) as gates:
+    total = np.zeros(len(scores))
+    with Gates(model, scores) as gates:
         for node in tqdm(range(steps), desc="integrated", disable=not progress):
             gates.z = torch.full_like(gates.z, (node + 0.5) / steps)
             for batch in batches:
                 total += gates.gradient(batch, metric)[1].double().cpu().numpy()
-    return with_estimate(base, "integrated", total / (steps * len(data)))
+    return with_estimate(scores, "integrated", total / (steps * len(data)))
 
 
 def refined(
@@ -130,45 +129,12 @@ def refined(
     if len(rows):
         options: dict[str, Any] = {"metric": metric, "progress": progress}
         exact = exact_effects(model, scores, rows, data, batch_size=batch_size, **options)
-        estimates, loss = single_effects(model, scores, data, rows, **options)
-        all_ = scores.with_criterion("mean").delta_loss
+        single = single_effects(model, scores, data, rows, batch_size=batch_size, **options)
+        estimates, all_ = single.effects, scores.with_criterion("mean").delta_loss
         if not np.isnan(scores.components["margin"]).any():
-            estimates, all_ = margins(estimates, loss), scores.with_criterion("margin").delta_loss
-        values[rows] = _regressed(exact, estimates, all_[rows])
+            estimates, all_ = single.margins, scores.with_criterion("margin").delta_loss
+        values[rows] = _regressed(exact, estimates.double().numpy().T, all_[rows])
     return with_estimate(scores, "refined", values)
-
-
-def single_effects(
-    model: TransformerBridge,
-    scores: Scores,
-    data: Dataset,
-    rows: np.ndarray,
-    *,
-    metric: Metric = answer_loss,
-    progress: bool = True,
-) -> tuple[Float[np.ndarray, "component example"], Float[np.ndarray, " example"]]:
-    """First-order effects of components on every example, and the metric of the examples.
-
-    One forward and one backward pass of a single example each, whatever the number of ``rows`` of
-    ``scores.components``; the means are those of ``scores``.
-    """
-    effects = np.empty((len(rows), len(data)))
-    values = np.empty(len(data))
-    with Gates(model, scores) as gates:
-        for batch in tqdm(make_batches(data, model, 1), desc="effects", disable=not progress):
-            value, slope = gates.gradient(batch, metric)
-            values[batch.indices] = value.double().cpu().numpy()
-            effects[:, batch.indices] = slope.double().cpu().numpy()[rows, None]
-    return effects, values
-
-
-def margins(
-    effects: Float[np.ndarray, "component example"], loss: Float[np.ndarray, " example"]
-) -> Float[np.ndarray, "component example"]:
-    """Margin estimate of every example (:func:`eigenlens.scoring.accumulators.margin_effect`)."""
-    by_example = rearrange(torch.tensor(effects), "component example -> example component 1")
-    found = margin_effect(by_example, torch.tensor(loss))
-    return rearrange(found, "example component 1 -> component example").numpy()
 
 
 def _regressed(

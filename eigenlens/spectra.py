@@ -28,9 +28,8 @@ from eigenlens.files import FileFormatError, load_tensors, save_tensors
 from eigenlens.matrices import Site
 from eigenlens.provenance import Provenance
 
-COMPONENT = ["layer", "matrix", "head", "index"]
-# Not Self: beartype, which checks the package in the tests, has no meaning for it outside classes.
 D = TypeVar("D", bound="Directions")
+COMPONENT = ["layer", "matrix", "head", "index"]
 
 
 @dataclass(frozen=True)
@@ -148,12 +147,15 @@ class Spectrum(Directions):
         """Number of the degenerate block of each component; alone in it means well separated.
 
         Where neighbouring singular values are nearly equal, single directions are arbitrary within
-        their span.
+        their span: where ``σ²`` differ by less than ``gap`` of what was decomposed at once
+        (:func:`eigenlens.bases.singular_basis`), or are zero to rounding.
         """
         starts = torch.ones_like(self.sigma, dtype=torch.int64)
         if self.gap is not None:
             square = (self.sigma / self.sigma[:, :1].clamp_min(1e-300)).square()
-            starts[:, 1:] = (square[:, :-1] - square[:, 1:] > self.gap).long()
+            at_once = (square[:, :-1] * 1e6).clamp_max(1)
+            apart = square[:, :-1] - square[:, 1:] > self.gap * at_once
+            starts[:, 1:] = (apart & (square[:, :-1] > 1e-28)).long()
         return starts.cumsum(1) - 1
 
     def to(self, device: torch.device | str) -> "Spectrum":
@@ -163,7 +165,7 @@ class Spectrum(Directions):
 
     def subset(self, head: np.ndarray, index: np.ndarray) -> Directions:
         """Some components as directions in the space of all heads side by side."""
-        heads, places = (torch.as_tensor(part, device=self.device) for part in (head, index))
+        heads, places = (torch.tensor(part, device=self.device) for part in (head, index))
         flat = replace(self.site, n_heads=1, width=self.site.n_heads * self.site.width)
         read, write = (
             self._scattered(vectors, heads, places) for vectors in (self._read_rows, self.write)

@@ -7,14 +7,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-with install_import_hook("eigenlens", "beartype.beartype"):
-    import eigenlens
-    import eigenlens.cli
-    import eigenlens.scoring.by_cache
+# For the whole session, since modules are imported when they are first used.
+install_import_hook("eigenlens", "beartype.beartype")
 
 import pytest
 import torch
 from tiny_models import write_tiny_model
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode
 
 import eigenlens as el
@@ -50,8 +52,26 @@ class StayDouble(TorchFunctionMode):
 
 @pytest.fixture(autouse=True)
 def _stay_double():
-    with StayDouble():
-        yield
+    """On while a module runs, and not in what eigenlens does with the outputs of a model."""
+    running: list[StayDouble] = []
+
+    def enter(module, args):
+        running.append(StayDouble())
+        if len(running) == 1:
+            running[0].__enter__()
+
+    def leave(module, args, output):
+        if len(running) == 1:
+            running[0].__exit__(None, None, None)
+        running.pop()
+
+    handles = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,58 @@ def test_choice_accuracy_takes_the_likeliest_candidate(tiny):
         el.evaluate(model, broken)
 
 
+def with_candidates(rows, candidates):
+    return dataset(rows).remove_columns("candidates").add_column("candidates", candidates)
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_examples_without_candidates_count_for_nothing(nothing, tiny, tmp_path):
+    """4 of 10 examples have candidates: mean and interval are over these four."""
+    model = tiny("gpt2")
+    rows = [(f"{a} + 2 =", f" {a + 2}") for a in range(10)]
+    some = [[f" {a + 2}", f" {a + 20}"] if a % 3 == 0 else nothing for a in range(10)]
+    found = el.evaluate(model, with_candidates(rows, some))
+    four = el.evaluate(model, with_candidates(rows[::3], some[::3]))
+    assert (found.choice_n, four.choice_n, found.n) == (4, 4, 10)
+    assert found.choice_accuracy == four.choice_accuracy
+    right = int(four.examples["choice_correct"].sum())
+    assert found.choice_interval == four.choice_interval == wilson_interval(right, 4)
+    assert found.summary()["choice_n"] == 4
+    assert found.examples["choice"].notna().tolist() == [a % 3 == 0 for a in range(10)]
+    found.save(tmp_path / "e.parquet")
+    again = el.Evaluation.load(tmp_path / "e.parquet")
+    assert again.examples.equals(found.examples)
+    assert again.summary() == found.summary()
+    none = el.evaluate(model, with_candidates(rows, [nothing] * 10))
+    assert none.choice_accuracy is none.choice_interval is None
+    assert "choice_n" not in none.summary()
+
+
+@pytest.mark.parametrize("same", [[" 3", " 3"], [" 3", "  3"], [" 3", " 98", " 99"]])
+def test_candidates_that_are_the_same_tokens_are_refused(same, tiny):
+    """' 98' and ' 99' are no words of this tokenizer: both are unknown."""
+    model = tiny("gpt2")
+    data = with_candidates([("4 + 4 =", " 8"), ("1 + 2 =", " 3")], [[" 8", " 7"], same])
+    with pytest.raises(
+        ValueError, match=rf"Example 1: .*{same[-2]!r} and {same[-1]!r} are the sam"
+    ):
+        el.evaluate(model, data)
+    assert el.evaluate(model, data, choices=False).choice_accuracy is None
+
+
+def test_bad_candidates_are_named_by_example(tiny):
+    model = tiny("gpt2")
+    rows = [("4 + 4 =", " 8"), ("1 + 2 =", " 3"), ("1 + 3 =", " 4")]
+    long = " 3" + " + 1" * 16
+    data = with_candidates(rows, [[" 8", " 7", " 6"], None, [" 4", long]])
+    with pytest.raises(ValueError, match="Example 2 has 36 tokens to read"):
+        el.evaluate(model, data)
+    with pytest.raises(ValueError, match="Example 0: the candidates must be a list"):
+        el.evaluate(model, with_candidates(rows, [" 8", None, " 4"]))
+    with pytest.raises(ValueError, match="Example 2: the answer ' ' tokenises to nothing"):
+        el.evaluate(model, with_candidates(rows, [[" 8", " 7"], None, [" 4", " "]]))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_perplexity_is_that_of_the_transformers_model(tiny, family):
     model = tiny(family)

@@ -56,7 +56,7 @@ def test_pairs_of_names_are_in_one_split():
 
 def with_candidates(rows):
     plain = dataset([(prompt, answer) for prompt, answer, _ in rows]).remove_columns("candidates")
-    return plain.add_column("candidates", [list(candidates) for *_, candidates in rows])
+    return plain.add_column("candidates", [candidates for *_, candidates in rows])
 
 
 def test_logit_difference_by_hand(tiny):
@@ -91,6 +91,7 @@ def test_logit_difference_by_hand(tiny):
         ([" 3"], "needs two candidates"),
         ([" 3", " 4", " 5"], "needs two candidates"),
         ([" 4", " 5"], "needs two candidates"),
+        (None, "needs two candidates"),
         ([" 3", " 3 1"], "begin with the same token"),
     ],
 )

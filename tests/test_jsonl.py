@@ -50,8 +50,23 @@ def test_a_file_a_split(write):
     short = write("short.jsonl", ROWS[:8])
     task = el.load_task("jsonl", train=short, validation=validation, test=test, n_test=3)
     assert [len(split) for split in prompts(task)] == [8, 4, 3]
-    with pytest.raises(ValueError, match="'8 =' is in train and in validation"):
-        el.load_task("jsonl", train=train, validation=validation, test=test)
+
+
+def test_splits_that_share_prompts_are_named(write):
+    files = {
+        "train": write("train.jsonl", [*ROWS[:12], ROWS[0]]),
+        "validation": write("validation.jsonl", ROWS[8:14]),
+        "test": write("test.jsonl", [*ROWS[14:], ROWS[9]]),
+    }
+    with pytest.raises(ValueError, match="share") as caught:
+        el.load_task("jsonl", **files)
+    message = str(caught.value)
+    assert "train and validation share 4 prompts, such as '" in message
+    assert "train and test share 1 prompt, such as '9 ='; validation and test share" in message
+    assert message.endswith("such as '9 =': take them out of one of the files.")
+    files["validation"] = write("validation.jsonl", ROWS[12:14])
+    with pytest.raises(ValueError, match=r"^train and test share 1 prompt"):
+        el.load_task("jsonl", **files)
 
 
 def test_candidates(write):
@@ -80,6 +95,48 @@ def test_a_bad_row_is_named(bad, message, write):
     path = write("bad.jsonl", [*ROWS[:3], bad])
     with pytest.raises(DataError, match=rf"bad\.jsonl, line 4: .*{message}"):
         el.load_task("jsonl", path=path)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"prompt": "a", "answer": "\\ud83d"}', r"\\ud83d is half of a surrogate pair"),
+        (b'{"prompt": "a", "answer": " b", "note": ["\\uDC00"]}', r"\\udc00 is half"),
+        (b'{"prompt": "a", "answer": " b", "\\ud800": 1}', r"\\ud800 is half"),
+        (b'{"prompt": "a", "answer": ' + b"1" * 5000 + b"}", r"cannot be read: .*5000 digits"),
+        (b'{"prompt": "a", "answer": ' + b"[" * 100_000, r"cannot be read: .*recursion"),
+        (b'{"prompt": "a", "answer": " b", "answer": " c"}', r"the key 'answer' comes twice"),
+        (b'{"prompt": "a", "answer": " b", "x": [{"y": 1, "y": 1}]}', "the key 'y' comes twice"),
+        (b"[1, 2]", r"expected a JSON object, not '\[1, 2\]'"),
+        (b'"prompt"', "expected a JSON object"),
+        (b"null", "expected a JSON object, not 'null'"),
+        (b"{'prompt': 'a'}", "not valid JSON"),
+        (b'{"prompt": "a"} {"prompt": "b"}', r"not valid JSON \(Extra data\)"),
+        (b'\xef\xbb\xbf{"prompt": "a", "answer": " b"}', r"not valid JSON \(.*BOM"),
+        (b'{"prompt": "\xe9"}', "not UTF-8"),
+        (b'{"prompt": ["a"], "answer": " b"}', r"'prompt' must be a text, not \['a'\]"),
+        (b'{"prompt": null, "answer": " b"}', "'prompt' must be a text, not None"),
+    ],
+)
+def test_a_bad_line_is_named(line, problem, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    good = b'{"prompt": "1 =", "answer": " 1"}\r\n\n'
+    path.write_bytes(good + line + b"\n" + good)
+    with pytest.raises(DataError, match=rf"bad\.jsonl, line 3: .*{problem}"):
+        el.load_task("jsonl", path=path)
+
+
+def test_marks_and_line_ends_of_other_systems_are_no_fault(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    rows = [f'{{"prompt": "{i} = \\ud83d\\ude00", "answer": " {i}\u2028"}}' for i in range(10)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n \r\n".join(rows).encode() + b"\r\n\r\n")
+    task = el.load_task("jsonl", path=path)
+    found = {
+        row["prompt"]: row["answer"]
+        for split in (task.train, task.validation, task.test)
+        for row in split
+    }
+    assert found == {f"{i} = \U0001f600": f" {i}\u2028" for i in range(10)}
 
 
 def test_bad_arguments(write, tmp_path):

@@ -5,6 +5,7 @@ A baseline may learn from ``task.train`` and chooses among its hyper-parameters 
 at. How many candidates were measured on validation is the length of the trace.
 """
 
+import html
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +81,7 @@ class FitResult:
             f"{self.name}: {self.validation.accuracy:.1%} on validation, {len(self.trace)} "
             f"candidates, {self.cost.seconds:.1f} s"
         )
-        return f"<p>{note}</p>{self.trace.to_html(index=False)}"
+        return f"<p>{html.escape(note)}</p>{self.trace.to_html(index=False)}"
 
 
 class Baseline(ABC):

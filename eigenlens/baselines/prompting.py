@@ -94,4 +94,4 @@ def fits(model: TransformerBridge, task: Task, edit: StoredEdit) -> bool:
     texts = edit.transform(to_dataset(rows))
     bos = bool(model.cfg.default_prepend_bos)
     encoded = tokenise(texts, model.tokenizer, prepend_bos=bos)
-    return max(len(e.prompt) + len(e.answer) for e in encoded) <= model.cfg.n_ctx
+    return max(example.n_read for example in encoded) <= model.cfg.n_ctx

@@ -17,8 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.baselines.baseline import Search
 from eigenlens.baselines.edits import WeightEdit
 from eigenlens.baselines.training import Trainable, Trained, replaced
-from eigenlens.matrices import join_heads
 from eigenlens.decomposition import decompose
+from eigenlens.matrices import join_heads
 from eigenlens.spectra import Spectra, Spectrum
 
 

@@ -3,6 +3,7 @@
 Sign: an effect below zero says that taking the path (or node) away lowers the loss.
 """
 
+import html
 import json
 import os
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ class Circuit:
             f"{self.n_examples} examples, norms {self.norm}. "
             "Effects in nats: below zero, taking the path away lowers the loss. Strongest edges:"
         )
-        return f"<p>{note}</p>{self.strongest(10).to_html(index=False)}"
+        return f"<p>{html.escape(note)}</p>{self.strongest(10).to_html(index=False)}"
 
 
 def _by_size(table: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,7 @@ see, a second pass runs the model with only the reader's output changed accordin
 the circuit took them: held at the scale of the run, or real. A node is cut by freezing it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.circuits.cut_graph import Hooks, editing_norms, scale_hooks
 from eigenlens.circuits.edges import moved
 from eigenlens.circuits.graph import Circuit
-from eigenlens.circuits.nodes import EMBED, LOGITS, Node, make_nodes, score_rows, spectra_of
+from eigenlens.circuits.nodes import EMBED, LOGITS, Node, make_nodes, score_rows
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import WeightMatrices, weight_matrices
@@ -68,8 +68,8 @@ def cut_paths(
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} lies outside (0, 1].")
     check_eval_mode(model)
-    scores = replace(scores, spectra=spectra_of(model, scores))
-    found = make_nodes(scores.require_spectra(), circuit.nodes)
+    scores = scores.on(model)
+    found = make_nodes(scores.spectra_on(model), circuit.nodes)
     own = circuit.edges[circuit.edges["writer"] != EMBED]
     if isinstance(edges, int):
         order = np.argsort(-own["effect"].abs().to_numpy(), kind="stable")[:edges]

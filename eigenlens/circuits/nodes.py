@@ -12,10 +12,8 @@ import numpy as np
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.decomposition import decompose
 from eigenlens.far_side import MapDirections, map_directions
 from eigenlens.matrices import MLP_KINDS, Site
-from eigenlens.provenance import model_fingerprint
 from eigenlens.scoring.scores import Scores
 from eigenlens.spectra import COMPONENT, Spectra, Spectrum
 
@@ -166,21 +164,3 @@ def score_rows(scores: Scores, components: pd.DataFrame) -> np.ndarray:
         lacking = components[COMPONENT].iloc[place].to_dict()
         raise ValueError(f"The scores do not hold the component {lacking}.")
     return rows
-
-
-def spectra_of(model: TransformerBridge, scores: Scores) -> Spectra:
-    """The decomposition that was scored, where ``model`` has its weights.
-
-    It is made again for scores that were read from a file.
-
-    Raises:
-        ValueError: the scores belong to a model with other weights, or lack the directions of a
-            ``pca`` basis, which follow from data.
-    """
-    if scores.provenance.model_fingerprint != model_fingerprint(model):
-        raise ValueError("The scores belong to a model with other weights: score this model.")
-    if scores.spectra is not None or scores.basis == "pca":
-        return scores.require_spectra().on(model)
-    kinds, layers = (sorted(set(scores.components[name])) for name in ("matrix", "layer"))
-    seed = scores.basis_seed or 0
-    return decompose(model, kinds, layers, basis=scores.basis, seed=seed, progress=False)

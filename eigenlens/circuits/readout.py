@@ -12,6 +12,7 @@ logits when it is up; when it is down everything turns round. A degenerate block
 scores are lengths, and nothing is suppressed.
 """
 
+import html
 import os
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ class Readout:
             for name in _TABLES
             if len(table := getattr(self, name))
         ]
-        return f"<p>{self.node}</p>" + "".join(parts)
+        return f"<p>{html.escape(self.node)}</p>" + "".join(parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file."""

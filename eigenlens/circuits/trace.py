@@ -17,7 +17,6 @@ from eigenlens.circuits.nodes import (
     make_nodes,
     score_rows,
     short_name,
-    spectra_of,
 )
 from eigenlens.circuits.readout import token_summary
 from eigenlens.circuits.upstream import feeding
@@ -84,7 +83,7 @@ def circuit(
     linear: Norm = "full" if norm == "full" else "frozen"
     chosen = _chosen(scores, frozen, strongest, components)
     _check_number(len(chosen), limit)
-    spectra, maps = spectra_of(model, scores), weight_matrices(model)
+    spectra, maps = scores.spectra_on(model), weight_matrices(model)
     batches = make_batches(data, model, batch_size)
     readers = None if components is not None or frozen is None else frozen.components
     for _ in range(depth if upstream else 0):

@@ -3,7 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, TEMPLATE, VERMILION, heading
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, TEMPLATE, VERMILION, heading, plain
 
 _MOST_ROWS = 60
 _ROW, _TOP, _BOTTOM = 22, 105, 65  # pixels
@@ -22,7 +22,7 @@ def path_cuts(cut: pd.DataFrame) -> go.Figure:
         raise ValueError(f"{len(cut)} cuts: show between 1 and {_MOST_ROWS}.")
     rows = cut.sort_values("measured", ascending=False)
     names = [
-        f"{row.writer} → {row.reader}" if row.cut == "edge" else f"{row.writer}, all paths"
+        plain(f"{row.writer} → {row.reader}" if row.cut == "edge" else f"{row.writer}, all paths")
         for row in rows.itertuples()
     ]
     figure = go.Figure()

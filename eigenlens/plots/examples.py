@@ -4,7 +4,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from eigenlens.evaluation import Evaluation
-from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, GREY, TEMPLATE, VERMILION
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, GREY, TEMPLATE, VERMILION, plain
 
 # Name of each outcome, its colour and symbol: whether it was right before, and after.
 OUTCOMES = {
@@ -37,7 +37,7 @@ def example_losses(before: Evaluation, after: Evaluation) -> go.Figure:
             mode="markers",
             marker={"color": colour, "symbol": symbol, "size": 9, "opacity": 0.8},
             name=f"{name} ({rows.sum()})",
-            text=after.examples.loc[rows, "prompt"],
+            text=after.examples.loc[rows, "prompt"].map(plain),
             hovertemplate="%{text}<br>%{x:.3g} → %{y:.3g} nats<extra></extra>",
         )
     axis = {"type": "log", "dtick": 1, "exponentformat": "power"}

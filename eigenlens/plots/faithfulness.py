@@ -16,6 +16,7 @@ from eigenlens.plots.style import (
     SKY,
     TEMPLATE,
     VERMILION,
+    plain,
     signed_log,
     signed_log_ticks,
 )
@@ -85,7 +86,7 @@ def faithfulness(curves: Mapping[str, pd.DataFrame]) -> go.Figure:
             x=curve["kept"],
             y=curve["faithfulness"],
             mode="lines+markers",
-            name=f"{name} (CPR {areas['cpr']:.2f}, CMD {areas['cmd']:.2f})",
+            name=f"{plain(name)} (CPR {areas['cpr']:.2f}, CMD {areas['cmd']:.2f})",
         )
     figure.add_hline(y=1, line={"color": GREY, "dash": "dot"})
     figure.update_layout(

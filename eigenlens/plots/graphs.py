@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from eigenlens.circuits import Circuit
 from eigenlens.circuits.nodes import EMBED, LOGITS
 from eigenlens.matrices import MATRIX_KINDS, MLP_KINDS
-from eigenlens.plots.style import BLUE, FULL_WIDTH, TEMPLATE, VERMILION, heading
+from eigenlens.plots.style import BLUE, FULL_WIDTH, TEMPLATE, VERMILION, heading, plain
 
 _ORDER = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out")
 _KEPT, _FROZEN = "#FFFFFF", "#333333"
@@ -65,7 +65,7 @@ def circuit(found: Circuit, edges: int | pd.DataFrame = 60) -> go.Figure:
         title=heading(
             "Direct paths between components",
             "first-order effect of cutting a path, in nats; "
-            f"norms {found.norm}; {found.n_examples} examples",
+            f"norms {plain(found.norm)}; {found.n_examples} examples",
             height,
         ),
         width=FULL_WIDTH,
@@ -162,7 +162,7 @@ def _add_edges(
         middle["x"].append((writer["x"] + reader["x"]) / 2)
         middle["y"].append((writer["y"] + reader["y"]) / 2)
         middle["text"].append(
-            f"{row['writer']} → {row['reader']}<br>effect {row['effect']:+.4g} ± "
+            f"{plain(row['writer'])} → {plain(row['reader'])}<br>effect {row['effect']:+.4g} ± "
             f"{row['stderr']:.2g} nats<br>most at position {row['position']}"
         )
     figure.add_trace(
@@ -206,12 +206,12 @@ def _text(node: dict) -> str:
 
 def _details(node: dict) -> str:
     if node["node"] in (EMBED, LOGITS):
-        return str(node["node"])
+        return plain(node["node"])
     return (
-        f"{node['node']}, σ {node['sigma']:.3g}"
+        f"{plain(node['node'])}, σ {node['sigma']:.3g}"
         + (f", frozen with strength {node['strength']:.2g}" if node["strength"] else ", kept")
         + f"<br>ΔL {node['delta_loss']:+.4g} nats, first order {node['effect']:+.4g}"
         f"<br>adds {node['answer_logprob']:+.3g} nats to the right answer's log-probability"
-        f"<br>reads: {node['reads']}<br>promotes: {node['promotes']}"
-        f"<br>suppresses: {node['suppresses']}"
+        f"<br>reads: {plain(node['reads'])}<br>promotes: {plain(node['promotes'])}"
+        f"<br>suppresses: {plain(node['suppresses'])}"
     )

@@ -3,7 +3,7 @@
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.plots.style import BLUE, GREEN, ORANGE, TEMPLATE, VERMILION
+from eigenlens.plots.style import BLUE, GREEN, ORANGE, TEMPLATE, VERMILION, plain
 from eigenlens.search import SearchResult
 
 _LOSSES = {
@@ -36,11 +36,11 @@ def search_trace(result: SearchResult) -> go.Figure:
     figure.add_vline(x=chosen, line={"color": "#444444", "dash": "dot", "width": 1.5})
     figure.update_yaxes(title_text="accuracy", tickformat=".0%", range=[-0.03, 1.03], row=1)
     figure.update_yaxes(title_text="loss (nats)", rangemode="tozero", row=2)
-    figure.update_yaxes(title_text=f"components<br>{result.frozen.edit}", row=3)
+    figure.update_yaxes(title_text=f"components<br>{plain(result.frozen.edit)}", row=3)
     figure.update_xaxes(title_text="step (dotted: chosen on validation)", row=3)
     figure.update_layout(
         template=TEMPLATE,
-        title=f"Search: {result.method}",
+        title=f"Search: {plain(result.method)}",
         width=760,
         height=620,
         legend={"orientation": "h", "y": -0.13},

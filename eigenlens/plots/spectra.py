@@ -18,6 +18,7 @@ from eigenlens.plots.style import (
     VERMILION,
     heading,
     log_ticks,
+    plain,
     signed_log,
     signed_log_ticks,
 )
@@ -98,7 +99,9 @@ def spectrum(
     figure.update_layout(
         template=TEMPLATE,
         title=heading(
-            f"Score spectrum, criterion {scores.criterion}", SIGN, inner + _TOP + _BOTTOM
+            f"Score spectrum, criterion {plain(scores.criterion)}",
+            SIGN,
+            inner + _TOP + _BOTTOM,
         ),
         width=FULL_WIDTH,
         height=inner + _TOP + _BOTTOM,

@@ -3,6 +3,7 @@
 Colours are the palette of Okabe and Ito (2008); sequences are viridis.
 """
 
+import html
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,11 @@ pio.templates["eigenlens"] = go.layout.Template(
     }
 )
 TEMPLATE = "plotly_white+eigenlens"
+
+
+def plain(text: object) -> str:
+    """Text from outside for a figure: plotly reads ``<b>``, ``<s>`` or ``&lt;`` as HTML."""
+    return html.escape(str(text), quote=False)  # plotly knows no entity for quotes
 
 
 def one_legend_entry_each(figure: go.Figure) -> None:

@@ -7,8 +7,8 @@ the slope ``s = w_i · g``. Summed over examples this is
     ``Σ_t c̄_t (w_i · Σ_b g_bt) − r_iᵀ (Σ_bt h_bt g_btᵀ) w_iᵀ``
 
 where all components share the sums in brackets. So :class:`ActivationSums` keeps ``Σ h`` and
-``Σ g`` per position, :class:`CrossSums` ``Σ h gᵀ``, projected once at the end, or, where there is no
-room for it, its projections batch by batch. What depends on single examples (standard errors,
+``Σ g`` per position, :class:`CrossSums` ``Σ h gᵀ``, projected once at the end, or, where there is
+no room for it, its projections batch by batch. What depends on single examples (standard errors,
 worst cases) needs the means first and is summed by :class:`EffectSums`.
 
 Rows of per-position sums are those of :class:`eigenlens.position_means.Positions`.
@@ -103,7 +103,8 @@ class CrossSums(_Sums):
         if self.products is None:
             assert self.projected is not None
             return self.projected
-        assert spectrum.read is not None and spectrum.write is not None
+        assert spectrum.read is not None
+        assert spectrum.write is not None
         return einsum(
             spectrum.read.mT @ self.products, spectrum.write, "head k x, head k x -> head k"
         )
@@ -160,14 +161,14 @@ class EffectSums(_Sums):
 
 
 def spread(total: Tensor, square: Tensor, n_examples: int) -> Tensor:
-    """Standard deviation over examples (``n − 1`` in the denominator) from a sum and its squares."""
+    """Standard deviation over examples (``n − 1`` below) from a sum and that of squares."""
     variance = (square - total.square() / n_examples).clamp_min(0) / max(1, n_examples - 1)
     return variance.sqrt()
 
 
 def margin_effect(
-    effect: Float[Tensor, "batch *component"], loss: Float[Tensor, " batch"]
-) -> Float[Tensor, "batch *component"]:
+    effect: Float[Tensor, "batch ..."], loss: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch ..."]:
     """Change of a negative log-likelihood if freezing moves the answer's log-odds linearly.
 
     An example of loss L has the log-odds ``m = log p − log(1 − p)``, ``p = e^−L``. Its first-order

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.far_side import zero_coordinates
 from eigenlens.positions import prompt_ends_at
 from eigenlens.spectra import Spectra
 from eigenlens.tasks.batches import make_batches
@@ -20,19 +21,19 @@ def _differentiate_from_here(value: Tensor, hook: object) -> Tensor:
     return value.detach().requires_grad_()
 
 
-Effects = dict[str, Float[Tensor, "example pos head rank"]]
+Effects = dict[str, Float[Tensor, "example pos head k"]]
 
 
 def effects_by_cache(
     model: TransformerBridge, spectra: Spectra, data: Dataset, *, reference: str = "mean"
 ) -> Effects:
-    """``(ā_t − a_bt) g_bt`` of every component, example and position, by matrix name.
+    """``(c̄_t − c_bt) s_bt`` of every component, example and position, by matrix name.
 
     Args:
         model: in eval mode.
         spectra: its decomposition.
         data: examples whose prompts, and whose answers, have equal numbers of tokens.
-        reference: ``"mean"`` (per position) or ``"zero"``.
+        reference: ``"mean"`` (per position), ``"shared"`` or ``"zero"``.
 
     Raises:
         ValueError: examples of different lengths, which this simple form does not align.
@@ -40,7 +41,7 @@ def effects_by_cache(
     batches = sorted(make_batches(data, model, 1), key=lambda batch: batch.indices[0])
     if len({(batch.n_prompt, batch.answer.shape[1]) for batch in batches}) > 1:
         raise ValueError("effects_by_cache needs prompts and answers of equal lengths.")
-    hooks = [name for m in spectra.matrices for name in (m.hook_in, m.hook_out)]
+    hooks = [s.site.hook for s in spectra.values()]
     activations: dict[str, list[Tensor]] = {name: [] for name in spectra}
     gradients: dict[str, list[Tensor]] = {name: [] for name in spectra}
     for batch in batches:
@@ -55,15 +56,19 @@ def effects_by_cache(
             _, cache = model.run_with_cache(
                 tokens, return_type="loss", labels=labels, names_filter=hooks, incl_bwd=True
             )
-        for name, spectrum in spectra.items():
-            x = cache[spectrum.matrix.hook_in].flatten(2)[:, :-1]
-            g = cache[f"{spectrum.matrix.hook_out}_grad"].flatten(2)[:, :-1]
-            activations[name].append(spectrum.reads(x.to(spectrum.u)))
+        for name, s in spectra.items():
+            n_pos = tokens.shape[1]
+            h = s.site.split(cache[s.site.hook], n_pos)[:, :-1]
+            g = s.site.split(cache[f"{s.site.hook}_grad"], n_pos)[:, :-1]
+            activations[name].append(s.coordinates(h.to(s.dtype)))
             # The bridge's loss is a mean over the answer tokens; ours is their sum.
-            gradients[name].append(spectrum.writes(g.to(spectrum.u)) * batch.answer.shape[1])
+            gradients[name].append(s.slopes(g.to(s.dtype)) * batch.answer.shape[1])
     effects = {}
-    for name in spectra:
-        a, g = torch.cat(activations[name]), torch.cat(gradients[name])
-        mean = a.mean(0, keepdim=True) if reference == "mean" else torch.zeros_like(a[:1])
-        effects[name] = (mean - a) * g
+    for name, s in spectra.items():
+        c, slope = torch.cat(activations[name]), torch.cat(gradients[name])
+        if reference == "zero":
+            mean = zero_coordinates(model, s)
+        else:
+            mean = c.mean((0, 1) if reference == "shared" else 0, keepdim=True)
+        effects[name] = (mean - c) * slope
     return effects

@@ -45,7 +45,7 @@ from eigenlens.spectra import COMPONENT, Spectra
 from eigenlens.tasks.batches import Batch, make_batches
 
 _BY_POSITION = ("max", "max_everywhere", "position_fisher")
-Statistics = dict[str, list[Float[Tensor, "head k"]]]
+Statistics = dict[str, list[Float[Tensor, "_ _"]]]  # [head, k] of each matrix
 
 
 def score(
@@ -117,7 +117,7 @@ def score(
     else:
         statistics = run.per_example(criterion)
     return Scores(
-        components=spectra.components.assign(**_columns(statistics, len(spectra.components))),
+        components=spectra.components.assign(**_columns(statistics)),
         means=run.means,
         criterion=criterion,
         reference=reference,
@@ -145,7 +145,7 @@ def _check_components(means: Scores, spectra: Spectra) -> None:
         )
 
 
-def _columns(statistics: Statistics, n: int) -> dict[str, object]:
+def _columns(statistics: Statistics) -> dict[str, object]:
     """Statistics as columns; NaN where they were not asked for."""
 
     def column(name: str) -> object:
@@ -235,7 +235,7 @@ class _Scorer:
         count = self.positions.count(self.batches).cpu()
         return PositionMeans.from_sums(self.positions, torch.cat(total, dim=1), count)
 
-    def references(self) -> dict[str, Float[Tensor, "row head k"]]:
+    def references(self) -> dict[str, Float[Tensor, "row _ _"]]:
         """What takes a coordinate's place, by row of positions."""
         return split_table(self.spectra, torch.tensor(self.means.table()))
 
@@ -352,7 +352,7 @@ class _Scorer:
 
 def split_table(
     spectra: Spectra, table: Float[Tensor, "component row"]
-) -> dict[str, Float[Tensor, "row head k"]]:
+) -> dict[str, Float[Tensor, "row _ _"]]:
     """A table over all components cut into matrices, where their directions are."""
     return {
         s.name: rearrange(part, "(head k) row -> row head k", head=s.site.n_heads).to(

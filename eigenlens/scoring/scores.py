@@ -1,12 +1,15 @@
 """The scores of every component, and what freezing each of them will need."""
 
+import html
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.decomposition import decomposed_again
 from eigenlens.files import FileFormatError, load_arrays, save_table
 from eigenlens.position_means import PositionMeans
 from eigenlens.provenance import Provenance
@@ -90,18 +93,30 @@ class Scores:
             return np.full(len(self), np.nan)
         return (self.components[spread] / np.sqrt(self.n_examples)).to_numpy()
 
-    def require_spectra(self) -> Spectra:
-        """The decomposition that was scored.
+    def spectra_on(self, model: TransformerBridge) -> Spectra:
+        """The decomposition that was scored, where the model at hand has its weights.
+
+        Scores that were read from a file hold no directions: the model is decomposed again.
 
         Raises:
-            ValueError: these scores were read from a file, which holds no directions.
+            ValueError: the model has other weights, or these scores are of a ``pca`` basis and were
+                read from a file.
         """
-        if self.spectra is None:
-            raise ValueError(
-                "These scores were loaded without directions: add them with "
-                "dataclasses.replace(scores, spectra=eigenlens.decompose(model, …))."
-            )
-        return self.spectra
+        if self.spectra is not None:
+            return self.spectra.on(model)
+        made = decomposed_again(model, self.components, self.basis, self.basis_seed)
+        if made.provenance.model_fingerprint != self.provenance.model_fingerprint:
+            raise ValueError("These scores belong to a model with other weights: score this one.")
+        names = dict.fromkeys(zip(self.components["layer"], self.components["matrix"], strict=True))
+        return made.with_spectra(made[f"blocks.{layer}.{kind}"] for layer, kind in names)
+
+    def on(self, model: TransformerBridge) -> "Scores":
+        """The same scores with directions where the model at hand has its weights.
+
+        Raises:
+            ValueError: as :meth:`spectra_on`.
+        """
+        return replace(self, spectra=self.spectra_on(model))
 
     def with_criterion(self, criterion: Criterion | str, z: float | None = None) -> "Scores":
         """The same scores ranked by another criterion.
@@ -129,9 +144,9 @@ class Scores:
         table = self.to_pandas().sort_values("delta_loss")
         note = (
             f"{len(self):,} components, criterion {self.criterion}, reference {self.reference}, "
-            f"{self.n_examples} examples. delta_loss &lt; 0 predicts that freezing lowers the loss."
+            f"{self.n_examples} examples. delta_loss < 0 predicts that freezing lowers the loss."
         )
-        return f"<p>{note}</p>{table.head(10).to_html(index=False)}"
+        return f"<p>{html.escape(note)}</p>{table.head(10).to_html(index=False)}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one parquet file; its table has the columns of ``to_pandas`` and more."""

@@ -8,11 +8,11 @@ stopping point on validation data, and returns a :class:`SearchResult` with a tr
 
 from collections.abc import Callable
 
-from eigenlens.search.checked_steps import guarded
-from eigenlens.search.gate_training import learned
+from eigenlens.search.checked_steps import GuardedConfig, guarded
+from eigenlens.search.gate_training import LearnedConfig, learned
 from eigenlens.search.protection import Protection
 from eigenlens.search.rescored_steps import iterative
-from eigenlens.search.result import SearchResult, better
+from eigenlens.search.result import SearchResult
 from eigenlens.search.single_ranking import one_shot
 
 SEARCHES: dict[str, Callable[..., SearchResult]] = {
@@ -24,9 +24,10 @@ SEARCHES: dict[str, Callable[..., SearchResult]] = {
 
 __all__ = [
     "SEARCHES",
+    "GuardedConfig",
+    "LearnedConfig",
     "Protection",
     "SearchResult",
-    "better",
     "guarded",
     "iterative",
     "learned",

@@ -2,20 +2,21 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
+from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.evaluation import Evaluation, evaluate
 from eigenlens.freezing import Freeze, freeze
 from eigenlens.frozen_set import FrozenSet
+from eigenlens.provenance import same_weights
 from eigenlens.scoring import Scores
 from eigenlens.search.protection import Protection
 from eigenlens.search.ranking import harmful, scores_under, step_size
-from eigenlens.search.result import Checkpoint, SearchResult, best_step, trace_row
+from eigenlens.search.result import Checkpoint, SearchResult, best_step, look, trace_row
 
 # The loss with these components frozen, or None where it is no lower or a bound is broken.
 Check = Callable[[np.ndarray, float], float | None]
@@ -31,18 +32,34 @@ class _Step(NamedTuple):
     trials: int
 
 
+class GuardedConfig(BaseModel):
+    """Options of :func:`guarded`; what is out of range is refused.
+
+    Attributes:
+        step: components of the first step: a number, or a share of all.
+        steps: most steps.
+        calibration: share of ``train`` to hold out.
+        batch_size: examples per pass.
+        seed: of the choice of calibration examples.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int | float = 0.01
+    steps: int = Field(default=30, ge=0)
+    calibration: float = Field(default=0.25, gt=0, lt=1)
+    batch_size: int = Field(default=50, ge=1)
+    seed: int = 0
+
+
 def guarded(
     model: TransformerBridge,
-    base: Scores,
+    scores: Scores,
     train: Dataset,
     validation: Dataset,
+    config: GuardedConfig | None = None,
     *,
-    step: int | float = 0.01,
-    steps: int = 30,
-    calibration: float = 0.25,
     protect: Protection | None = None,
-    batch_size: int = 50,
-    seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> SearchResult:
@@ -55,21 +72,18 @@ def guarded(
     ends when nothing is below zero, or nothing that is helps. So the calibration loss never rises.
     Of the steps kept, the best on validation is returned.
 
-    A step costs a forward and a backward pass over the scored examples, and as many looks at the
-    calibration examples as sets were tried (32 at most).
+    A step costs a forward and a backward pass over the scored examples (none where the step before
+    accepted nothing), and as many looks at the calibration examples as sets were tried (32 at
+    most).
 
     Args:
         model: in eval mode.
-        base: scores of the unedited model; their criterion ranks (``fisher``, where it is an
-            estimate made elsewhere), their means replace.
+        scores: of the unedited model; their criterion ranks (``fisher``, where it is an estimate
+            made elsewhere), their means replace.
         train: examples to score and calibrate on.
         validation: examples to choose the stopping point on.
-        step: components of the first step: a number, or a share of all.
-        steps: most steps.
-        calibration: share of ``train`` to hold out.
+        config: options.
         protect: a step must also stay within its bound.
-        batch_size: examples per pass.
-        seed: of the choice of calibration examples.
         checkpoint: file that keeps the state after every step; a killed search goes on from it.
         progress: show a progress bar with validation loss and accuracy.
 
@@ -77,65 +91,60 @@ def guarded(
         ValueError: a step or share out of range; scores without directions; a checkpoint of
             another search.
     """
-    size = step_size(step, len(base))
-    fit, held_out = _hold_out(train, calibration, seed)
-    spared = {f"protected {name}": rows for name, rows in protect.data.items()} if protect else {}
-    kept = Checkpoint(
-        checkpoint,
-        base,
-        {"train": train, "validation": validation, **spared},
-        {
-            "method": "guarded",
-            "size": size,
-            "calibration": calibration,
-            "bound": protect.bound if protect else None,
-            "batch_size": batch_size,
-            "seed": seed,
-        },
-    )
+    config = config or GuardedConfig()
+    scores = scores.on(model)
+    size = step_size(config.step, len(scores))
+    fit, held_out = _hold_out(train, config.calibration, config.seed)
+    options = {"method": "guarded", **config.model_dump(exclude={"step", "steps"}), "size": size}
+    kept = Checkpoint(checkpoint, scores, train, validation, options, protect)
 
-    def edit(rows: np.ndarray) -> Freeze:
-        return freeze(model, FrozenSet.from_scores(base, np.sort(rows)))
-
-    def look(rows: np.ndarray, data: Dataset) -> Evaluation:
-        with edit(rows):
-            return evaluate(model, data, batch_size=batch_size, choices=False)
+    def under(rows: np.ndarray) -> Freeze:
+        return freeze(model, FrozenSet.from_scores(scores, np.sort(rows)))
 
     def check(rows: np.ndarray, loss: float) -> float | None:
-        with edit(rows):
-            found = evaluate(model, held_out, batch_size=batch_size, choices=False).loss
+        with under(rows):
+            found = look(model, held_out, config.batch_size).loss
             helps = found < loss and (protect is None or protect.holds(protect.measure()))
             return found if helps else None
 
     rows = aside = np.array([], dtype=int)
-    found = look(rows, validation)
-    loss = look(rows, held_out).loss
-    trace: list[dict[str, Any]] = [trace_row(0, 0, found, calibration_loss=loss, tried=0, aside=0)]
-    ended = False
-    if (saved := kept.load()) is not None:
-        rows, aside = saved[0]["rows"].numpy(), saved[0]["aside"].numpy()
-        trace, size, ended = saved[1]["trace"], saved[1]["size"], saved[1]["ended"]
-        loss = trace[-1]["calibration_loss"]
-    bar = tqdm(range(len(trace), steps + 1), desc="guarded", disable=not progress)
-    for number in bar:
-        if ended:
-            break
-        scores = scores_under(model, base, rows, fit, batch_size)
-        candidates = harmful(scores, np.concatenate([rows, aside]))
-        made = _try(rows, candidates, size, loss, check)
-        whole = len(made.accepted) == min(size, len(candidates))
-        rows, aside = np.append(rows, made.accepted), np.append(aside, made.blamed)
-        loss = made.loss
-        ended = not len(made.accepted) and made.trials < _TRIALS
-        size = 2 * size if whole else max(1, len(made.accepted))
-        found = look(rows, validation)
-        more = {"calibration_loss": loss, "tried": made.trials, "aside": len(aside)}
-        trace.append(trace_row(number, len(rows), found, **more))
-        kept.save({"rows": rows, "aside": aside}, {"trace": trace, "size": size, "ended": ended})
-        bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
+    ended, ranked = False, None
+    with same_weights(model):
+        if (saved := kept.load()) is not None:
+            rows, aside = saved[0]["rows"].numpy(), saved[0]["aside"].numpy()
+            trace, size, ended = saved[1]["trace"], saved[1]["size"], saved[1]["ended"]
+            loss = trace[-1]["calibration_loss"]
+            with under(rows):
+                found = look(model, validation, config.batch_size)
+        else:
+            loss = look(model, held_out, config.batch_size).loss
+            found = look(model, validation, config.batch_size)
+            trace = [trace_row(0, 0, found, calibration_loss=loss, tried=0, aside=0)]
+        bar = tqdm(range(len(trace), config.steps + 1), desc="guarded", disable=not progress)
+        for number in bar:
+            if ended:
+                break
+            if ranked is None:
+                ranked = scores_under(model, scores, rows, fit, config.batch_size)
+            candidates = harmful(ranked, np.concatenate([rows, aside]))
+            made = _try(rows, candidates, size, loss, check)
+            whole = len(made.accepted) == min(size, len(candidates))
+            rows, aside = np.append(rows, made.accepted), np.append(aside, made.blamed)
+            loss = made.loss
+            ended = not len(made.accepted) and made.trials < _TRIALS
+            size = 2 * size if whole else max(1, len(made.accepted))
+            if len(made.accepted):
+                ranked = None
+                with under(rows):
+                    found = look(model, validation, config.batch_size)
+            more = {"calibration_loss": loss, "tried": made.trials, "aside": len(aside)}
+            trace.append(trace_row(number, len(rows), found, **more))
+            state = {"trace": trace, "size": size, "ended": ended}
+            kept.save({"rows": rows, "aside": aside}, state)
+            bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
     table = best_step(trace)
     count = int(table.loc[table["chosen"], "components"].iloc[0])
-    frozen = FrozenSet.from_scores(base, np.sort(rows[:count]))
+    frozen = FrozenSet.from_scores(scores, np.sort(rows[:count]))
     return SearchResult("guarded", frozen, table, *([protect.table(frozen)] if protect else []))
 
 

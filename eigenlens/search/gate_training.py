@@ -17,17 +17,19 @@ import numpy as np
 import torch
 from datasets import Dataset
 from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.evaluation import Evaluation, evaluate
+from eigenlens.evaluation import Evaluation, preference
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.gates import Gates, faster_products
+from eigenlens.provenance import same_weights
 from eigenlens.scoring import Scores
 from eigenlens.search.protection import Protection
 from eigenlens.search.relaxation import RelaxationName, relaxation
-from eigenlens.search.result import Checkpoint, SearchResult, best_step, trace_row
+from eigenlens.search.result import Checkpoint, SearchResult, best_step, look, trace_row
 from eigenlens.tasks.batches import Batch, make_batches
 
 _SHARPNESS_FROZEN, _SHARPNESS_ATTENUATED = 100.0, 10.0
@@ -35,37 +37,10 @@ _OFF = 1e-3  # a gate below this is left out: its component is not edited
 _LAST_RATE = 0.1  # the learning rate ends at this share of its start
 
 
-def learned(
-    model: TransformerBridge,
-    base: Scores,
-    train: Dataset,
-    validation: Dataset,
-    *,
-    attenuate: bool = False,
-    steps: int = 180,
-    lr: float = 0.1,
-    sparsity: float = 3.0,
-    dropout: float = 0.2,
-    relax: RelaxationName = "sharpened",
-    sharpness: float | None = None,
-    averaging: float = 0.95,
-    start: float = 0.05,
-    spread: float = 0.0,
-    every: int = 10,
-    patience: int = 12,
-    protect: Protection | None = None,
-    batch_size: int = 50,
-    seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-) -> SearchResult:
-    """Train gates on the task, and return the best ones on validation.
+class LearnedConfig(BaseModel):
+    """Options of :func:`learned`; what is out of range is refused.
 
-    Args:
-        model: in eval mode.
-        base: scores of the unedited model: its components get gates, its means replace.
-        train: examples to train the gates on.
-        validation: examples to choose the stopping point on.
+    Attributes:
         attenuate: return the gates as they are (components are attenuated); by default those above
             ½ are frozen and the others left alone.
         steps: optimiser steps, one minibatch each.
@@ -84,78 +59,91 @@ def learned(
             lowest score and lower by as much for the highest, in the order of the scores.
         every: steps between two looks at the validation data.
         patience: looks without improvement after which the search stops.
-        protect: data whose divergence from the unedited model is penalised; only steps within its
-            bound may be chosen.
         batch_size: examples per minibatch.
         seed: of the order of examples.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attenuate: bool = False
+    steps: int = Field(default=180, ge=1)
+    lr: float = Field(default=0.1, gt=0)
+    sparsity: float = Field(default=3.0, ge=0)
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    relax: RelaxationName = "sharpened"
+    sharpness: float | None = Field(default=None, ge=1)
+    averaging: float = Field(default=0.95, ge=0, lt=1)
+    start: float = Field(default=0.05, gt=0, lt=1)
+    spread: float = Field(default=0.0, ge=0)
+    every: int = Field(default=10, ge=1)
+    patience: int = Field(default=12, ge=1)
+    batch_size: int = Field(default=50, ge=1)
+    seed: int = 0
+
+    @property
+    def final_sharpness(self) -> float:
+        """``sharpness``, or what it is by default."""
+        return self.sharpness or (_SHARPNESS_ATTENUATED if self.attenuate else _SHARPNESS_FROZEN)
+
+
+def learned(
+    model: TransformerBridge,
+    scores: Scores,
+    train: Dataset,
+    validation: Dataset,
+    config: LearnedConfig | None = None,
+    *,
+    protect: Protection | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """Train gates on the task, and return the best ones on validation.
+
+    Args:
+        model: in eval mode.
+        scores: of the unedited model: their components get gates, their means replace.
+        train: examples to train the gates on.
+        validation: examples to choose the stopping point on.
+        config: options.
+        protect: data whose divergence from the unedited model is penalised; only steps within its
+            bound may be chosen.
         checkpoint: file that keeps the state after every look; a killed search goes on from it.
         progress: show a progress bar with validation loss and accuracy.
 
     Raises:
-        ValueError: an option out of range; scores without directions; a checkpoint of another
-            search.
+        ValueError: scores without directions; a checkpoint of another search.
     """
-    _check(steps=steps, every=every, patience=patience, batch_size=batch_size)
-    sharpness = sharpness or (_SHARPNESS_ATTENUATED if attenuate else _SHARPNESS_FROZEN)
-    if not (0 < start < 1 and 0 <= dropout < 1 and 0 <= averaging < 1):
-        raise ValueError(
-            f"start={start}, dropout={dropout} and averaging={averaging} are shares below 1."
-        )
-    if sharpness < 1 or min(sparsity, spread) < 0 or lr <= 0:
-        raise ValueError(
-            f"sharpness={sharpness} must be at least 1, sparsity={sparsity} and spread={spread} "
-            f"not be negative and lr={lr} be positive."
-        )
-    options = {
-        "method": "learned",
-        "attenuate": attenuate,
-        "steps": steps,
-        "lr": lr,
-        "sparsity": sparsity,
-        "dropout": dropout,
-        "relax": relax,
-        "sharpness": sharpness,
-        "averaging": averaging,
-        "start": start,
-        "spread": spread,
-        "every": every,
-        "patience": patience,
-        "bound": protect.bound if protect else None,
-        "weight": protect.weight if protect else None,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    spared = {f"protected {name}": rows for name, rows in protect.data.items()} if protect else {}
-    kept = Checkpoint(
-        checkpoint, base, {"train": train, "validation": validation, **spared}, options
-    )
-    with Gates(model, base) as gates:
-        run = _Training(gates, base, train, options, protect)
-        search = _Search(model, run, validation, attenuate, protect, batch_size)
+    config = config or LearnedConfig()
+    scores = scores.on(model)
+    options = {"method": "learned", **config.model_dump(), "sharpness": config.final_sharpness}
+    kept = Checkpoint(checkpoint, scores, train, validation, options, protect)
+    with same_weights(model), Gates(model, scores) as gates:
+        run = _Training(gates, scores, train, config, protect)
+        search = _Search(model, run, validation, config, protect)
         search.resume(kept.load())
-        bar = tqdm(range(search.done + 1, steps + 1), desc="learned", disable=not progress)
-        losses: list[float] = []
+        bar = tqdm(range(search.done + 1, config.steps + 1), desc="learned", disable=not progress)
+        losses: list[Tensor] = []
         for step in bar:
-            if search.looks_since_best >= patience:
+            if search.looks_since_best >= config.patience:
                 break
             losses.append(run.step(step))
-            if step % every and step != steps:
+            if step % config.every and step != config.steps:
                 continue
-            found = search.look(step, float(np.mean(losses)))
+            found = search.look(step, float(torch.stack(losses).mean()))
             losses = []
             kept.save(*search.state())
             bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
-    frozen = gated(base, search.best)
-    name = "learned (attenuated)" if attenuate else "learned (frozen)"
+    frozen = gated(scores, search.best)
+    name = "learned (attenuated)" if config.attenuate else "learned (frozen)"
     table = best_step(search.trace, "within_bound" if protect else None)
     return SearchResult(name, frozen, table, *([protect.table(frozen)] if protect else []))
 
 
-def gated(base: Scores, gates: Float[Tensor, " component"]) -> FrozenSet:
+def gated(scores: Scores, gates: Float[Tensor, " component"]) -> FrozenSet:
     """The components whose gate is open, with their strengths."""
     strength = gates.detach().double().cpu().numpy()
     rows = np.flatnonzero(strength > _OFF)
-    return FrozenSet.from_scores(base, rows, strength[rows])
+    return FrozenSet.from_scores(scores, rows, strength[rows])
 
 
 class _Training:
@@ -164,30 +152,31 @@ class _Training:
     def __init__(
         self,
         gates: Gates,
-        base: Scores,
+        scores: Scores,
         train: Dataset,
-        options: dict[str, Any],
+        config: LearnedConfig,
         protect: Protection | None,
     ) -> None:
         self.gates = gates
-        self.options = options
+        self.config = config
         self._train = train
         self._protect = protect
-        first = math.log(options["start"] / (1 - options["start"]))
-        rank = torch.tensor(base.delta_loss).argsort().argsort().to(gates.z) / max(1, len(base) - 1)
-        self.s = (first + options["spread"] * (1 - 2 * rank)).requires_grad_()
+        first = math.log(config.start / (1 - config.start))
+        rank = torch.tensor(scores.delta_loss).argsort().argsort().to(gates.z)
+        rank = rank / max(1, len(scores) - 1)
+        self.s = (first + config.spread * (1 - 2 * rank)).requires_grad_()
         self.mean_s = self.s.detach().clone()
-        self._relaxation = relaxation(options["relax"], options["sharpness"])
-        self.adam = torch.optim.Adam([self.s], options["lr"])
+        self._relaxation = relaxation(config.relax, config.final_sharpness)
+        self.adam = torch.optim.Adam([self.s], config.lr)
 
     def strength(self, step: int) -> Float[Tensor, " component"]:
         """The gates to measure at a step, of the averaged s."""
         return self._relaxation.strength(self.mean_s, self._done(step))
 
     def _done(self, step: int) -> float:
-        return step / int(self.options["steps"])
+        return step / self.config.steps
 
-    def step(self, step: int) -> float:
+    def step(self, step: int) -> Float[Tensor, ""]:
         """One optimiser step; returns the mean loss of its minibatch."""
         batch = self._minibatch(step)
         done, random = self._done(step), self._generator(step)
@@ -201,53 +190,48 @@ class _Training:
             if self._protect is not None:
                 slope = slope + self._protect.slope(self.gates, step)
         self.s.grad = None
-        each = torch.full_like(price, self.options["sparsity"] / len(slope))
+        each = torch.full_like(price, self.config.sparsity / len(slope))
         torch.autograd.backward([z, price], [slope, each])
-        self.adam.param_groups[0]["lr"] = self.options["lr"] * self._decay(step)
+        self.adam.param_groups[0]["lr"] = self.config.lr * self._decay(step)
         self.adam.step()
-        self.mean_s.lerp_(self.s.detach(), 1 - self.options["averaging"])
-        return float(losses.mean())
+        self.mean_s.lerp_(self.s.detach(), 1 - self.config.averaging)
+        return losses.mean()
 
     def _generator(self, step: int) -> torch.Generator:
         """A function of the step alone, as minibatches are."""
-        return torch.Generator().manual_seed(1_000_003 * self.options["seed"] + step)
+        return torch.Generator().manual_seed(1_000_003 * self.config.seed + step)
 
     def _kept(self, generator: torch.Generator) -> Float[Tensor, " component"]:
         """Ones, and zeros where a gate is shut for this step."""
-        kept = torch.rand(len(self.s), generator=generator) >= self.options["dropout"]
+        kept = torch.rand(len(self.s), generator=generator) >= self.config.dropout
         return kept.to(self.s)
 
     def _decay(self, step: int) -> float:
-        cosine = (1 + math.cos(math.pi * step / self.options["steps"])) / 2
+        cosine = (1 + math.cos(math.pi * step / self.config.steps)) / 2
         return _LAST_RATE + (1 - _LAST_RATE) * cosine
 
     def _minibatch(self, step: int) -> Batch:
         """A function of the step alone, so that a resumed search sees the same examples."""
-        size = min(self.options["batch_size"], len(self._train))
+        size = min(self.config.batch_size, len(self._train))
         per_epoch = len(self._train) // size
         epoch, part = divmod(step - 1, per_epoch)
-        rng = np.random.default_rng([self.options["seed"], epoch])
+        rng = np.random.default_rng([self.config.seed, epoch])
         rows = rng.permutation(len(self._train))[part * size : (part + 1) * size]
         return make_batches(self._train.select(rows), self.gates.model, size)[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a resumed training needs."""
-        state = self.adam.state[self.s]
-        return {
-            "s": self.s.detach(),
-            "mean_s": self.mean_s,
-            **{name: state[name] for name in _ADAM},
-        }
+        return {"s": self.s.detach(), "mean_s": self.mean_s, **self.adam.state_dict()["state"][0]}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take up the state that :meth:`tensors` gave."""
         with torch.no_grad():
             self.s.copy_(tensors["s"])
             self.mean_s.copy_(tensors["mean_s"])
-        self.adam.state[self.s] = {name: tensors[name].to(tensors["s"].device) for name in _ADAM}
-
-
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
+        # load_state_dict puts each part where the optimiser wants it.
+        state = {name: tensors[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": {0: state}, "param_groups": groups})
 
 
 class _Search:
@@ -258,39 +242,38 @@ class _Search:
         model: TransformerBridge,
         run: _Training,
         validation: Dataset,
-        attenuate: bool,
+        config: LearnedConfig,
         protect: Protection | None,
-        batch_size: int,
     ) -> None:
         self._model = model
         self._run = run
         self._validation = validation
-        self._attenuate = attenuate
+        self._config = config
         self._protect = protect
-        self._batch_size = batch_size
         self.done = 0
         self.trace: list[dict[str, Any]] = []
         self.best = torch.zeros_like(run.gates.z)
-        self._best_found: tuple[float, float] = (-1.0, 0.0)
+        self._best_found: tuple[float, ...] = (-1.0,)
         self.looks_since_best = 0
 
     def look(self, step: int, train_loss: float | None) -> Evaluation:
         """Measure the gates of now on validation."""
         z = self._run.strength(step) if step else torch.zeros_like(self.best)
-        if not self._attenuate:
+        if not self._config.attenuate:
             z = (z > 0.5).to(z)
         z = torch.where(z > _OFF, z, 0)
         self._run.gates.set(z)
-        found = evaluate(self._model, self._validation, batch_size=self._batch_size, choices=False)
+        found = look(self._model, self._validation, self._config.batch_size)
         more: dict[str, Any] = {"train_loss": train_loss, "mean_gate": float(z.mean())}
         allowed = True
         if self._protect is not None:
             divergence = self._protect.measure()
             allowed = self._protect.holds(divergence)
             more |= {"divergence": max(divergence.values()), "within_bound": allowed}
-        self.trace.append(trace_row(step, int((z > 0).sum()), found, **more))
+        n_open = int((z > 0).sum())
+        self.trace.append(trace_row(step, n_open, found, **more))
         self.done = step
-        rank = (found.accuracy, -found.loss)
+        rank = preference(found.accuracy, found.loss, n_open)
         self.looks_since_best += 1
         if rank > self._best_found and (allowed or not step):
             self.best, self._best_found, self.looks_since_best = z, rank, 0
@@ -310,11 +293,5 @@ class _Search:
         self._run.restore(tensors)
         self.best = tensors["best"].to(self.best)
         self.trace, self.looks_since_best = numbers["trace"], numbers["since"]
-        self._best_found = (numbers["best"][0], numbers["best"][1])
+        self._best_found = tuple(numbers["best"])
         self.done = self.trace[-1]["step"]
-
-
-def _check(**counts: int) -> None:
-    wrong = [f"{name}={count}" for name, count in counts.items() if count < 1]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)}: at least 1 is needed.")

@@ -21,7 +21,7 @@ from eigenlens.evaluation import Evaluation, evaluate
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.gates import Gates
-from eigenlens.metrics import Metric, answer_logits, kl_to_unedited
+from eigenlens.metrics import Metric, answer_logits, kl_to_unedited, precise
 from eigenlens.tasks.batches import Batch, make_batches
 
 
@@ -109,7 +109,7 @@ class Protection:
         with torch.no_grad():
             for name, part in parts.items():
                 total = sum(
-                    part.divergence(answer_logits(self._model, b).float(), b).sum()
+                    part.divergence(precise(answer_logits(self._model, b)), b).sum()
                     for b in part.batches
                 )
                 tokens = sum(b.answer_mask.sum() for b in part.batches)
@@ -141,7 +141,9 @@ class Protection:
 
     def _evaluate(self) -> dict[str, Evaluation]:
         return {
-            name: evaluate(self._model, part.data, batch_size=self._batch_size, choices=False)
+            name: evaluate(
+                self._model, part.data, batch_size=self._batch_size, choices=False, progress=False
+            )
             for name, part in self._reported.items()
         }
 

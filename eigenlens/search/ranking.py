@@ -10,26 +10,27 @@ from eigenlens.scoring import CRITERIA, Scores, score
 
 
 def scores_under(
-    model: TransformerBridge, base: Scores, rows: np.ndarray, data: Dataset, batch_size: int
+    model: TransformerBridge, scores: Scores, rows: np.ndarray, data: Dataset, batch_size: int
 ) -> Scores:
-    """Scores of all components on ``data`` while ``rows`` of ``base`` are frozen.
+    """Scores of all components on ``data`` while ``rows`` of ``scores`` are frozen.
 
-    What freezing puts in place are the means of ``base``, not those of the edited model, so the
+    What freezing puts in place are the means of ``scores``, not those of the edited model, so the
     scores are derivatives of what the search does. One forward and one backward pass.
     """
-    with freeze(model, FrozenSet.from_scores(base, rows)):
-        return score(
+    # An estimate made elsewhere cannot be made again in every step.
+    criterion = scores.criterion if scores.criterion in CRITERIA else "fisher"
+    with freeze(model, FrozenSet.from_scores(scores, rows)):
+        found = score(
             model,
-            base.require_spectra(),
+            scores.spectra_on(model),
             data,
-            # An estimate made elsewhere cannot be made again in every step.
-            criterion=base.criterion if base.criterion in CRITERIA else "fisher",
-            reference=base.reference,
-            z=base.z,
-            means=base,
+            criterion=criterion,
+            reference=scores.reference,
+            means=scores,
             batch_size=batch_size,
             progress=False,
         )
+    return found.with_criterion(criterion, scores.z)
 
 
 def harmful(scores: Scores, taken: np.ndarray) -> np.ndarray:

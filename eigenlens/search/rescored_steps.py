@@ -8,17 +8,17 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.evaluation import Evaluation, evaluate
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
+from eigenlens.provenance import same_weights
 from eigenlens.scoring import Scores
 from eigenlens.search.ranking import harmful, scores_under, step_size
-from eigenlens.search.result import Checkpoint, SearchResult, best_step, trace_row
+from eigenlens.search.result import Checkpoint, SearchResult, best_step, look, trace_row
 
 
 def iterative(
     model: TransformerBridge,
-    base: Scores,
+    scores: Scores,
     train: Dataset,
     validation: Dataset,
     *,
@@ -31,12 +31,12 @@ def iterative(
     """Freeze the ``step`` lowest components, score again, and so on; the best on validation wins.
 
     Every step is accepted; the search stops early where no component has a negative score. Means
-    are those of ``base`` and stay fixed. A step costs a forward and a backward pass over ``train``,
-    and a look at validation.
+    are those of ``scores`` and stay fixed. A step costs a forward and a backward pass over
+    ``train``, and a look at validation.
 
     Args:
         model: in eval mode.
-        base: scores of the unedited model; their criterion ranks in every step (``fisher``, where
+        scores: of the unedited model; their criterion ranks in every step (``fisher``, where
             it is an estimate made elsewhere), their means replace.
         train: examples to score on.
         validation: examples to choose the stopping point on.
@@ -49,33 +49,26 @@ def iterative(
     Raises:
         ValueError: a step out of range; scores without directions; a checkpoint of another search.
     """
-    size = step_size(step, len(base))
-    kept = Checkpoint(
-        checkpoint,
-        base,
-        {"train": train, "validation": validation},
-        {"method": "iterative", "size": size, "batch_size": batch_size},
-    )
-
-    def look(rows: np.ndarray) -> Evaluation:
-        with freeze(model, FrozenSet.from_scores(base, rows)):
-            return evaluate(model, validation, batch_size=batch_size, choices=False)
-
+    scores = scores.on(model)
+    size = step_size(step, len(scores))
+    options = {"method": "iterative", "size": size, "batch_size": batch_size}
+    kept = Checkpoint(checkpoint, scores, train, validation, options)
     rows = np.array([], dtype=int)
-    trace: list[dict[str, Any]] = [trace_row(0, 0, look(rows))]
-    if (saved := kept.load()) is not None:
-        rows, trace = saved[0]["rows"].numpy(), saved[1]["trace"]
-    bar = tqdm(range(len(trace), steps + 1), desc="iterative", disable=not progress)
-    for number in bar:
-        scores = scores_under(model, base, rows, train, batch_size)
-        lowest = harmful(scores, rows)[:size]
-        if not len(lowest):
-            break
-        rows = np.concatenate([rows, lowest])  # in the order of freezing
-        found = look(rows)
-        trace.append(trace_row(number, len(rows), found))
-        kept.save({"rows": rows}, {"trace": trace})
-        bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
+    with same_weights(model):
+        trace: list[dict[str, Any]] = [trace_row(0, 0, look(model, validation, batch_size))]
+        if (saved := kept.load()) is not None:
+            rows, trace = saved[0]["rows"].numpy(), saved[1]["trace"]
+        bar = tqdm(range(len(trace), steps + 1), desc="iterative", disable=not progress)
+        for number in bar:
+            lowest = harmful(scores_under(model, scores, rows, train, batch_size), rows)[:size]
+            if not len(lowest):
+                break
+            rows = np.concatenate([rows, lowest])  # in the order of freezing
+            with freeze(model, FrozenSet.from_scores(scores, rows)):
+                found = look(model, validation, batch_size)
+            trace.append(trace_row(number, len(rows), found))
+            kept.save({"rows": rows}, {"trace": trace})
+            bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
     table = best_step(trace)
     count = int(table.loc[table["chosen"], "components"].iloc[0])
-    return SearchResult("iterative", FrozenSet.from_scores(base, np.sort(rows[:count])), table)
+    return SearchResult("iterative", FrozenSet.from_scores(scores, np.sort(rows[:count])), table)

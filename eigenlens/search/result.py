@@ -1,5 +1,6 @@
 """What a search returns, and the file that lets it go on after a kill."""
 
+import html
 import json
 import os
 from collections.abc import Mapping
@@ -7,16 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.evaluation import Evaluation
+from eigenlens.evaluation import Evaluation, evaluate, preference
 from eigenlens.files import load_table, load_tensors, save_table, save_tensors
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
+from eigenlens.search.protection import Protection
 from eigenlens.spectra import COMPONENT
 
 
@@ -42,7 +46,7 @@ class SearchResult:
     def _repr_html_(self) -> str:
         protected = self.protected.to_html(index=False) if len(self.protected) else ""
         return (
-            f"<p>{self.method}</p>{self.frozen._repr_html_()}"
+            f"<p>{html.escape(self.method)}</p>{self.frozen._repr_html_()}"
             f"{self.trace.to_html(index=False)}{protected}"
         )
 
@@ -68,9 +72,9 @@ class SearchResult:
         return cls(metadata["method"], frozen, trace, protected)
 
 
-def better(one: Evaluation, two: Evaluation) -> bool:
-    """Whether ``one`` is the better of two validation results: accuracy, then loss."""
-    return (one.accuracy, -one.loss) > (two.accuracy, -two.loss)
+def look(model: TransformerBridge, data: Dataset, batch_size: int) -> Evaluation:
+    """Exact match and loss of the model as it is now: what searches choose by."""
+    return evaluate(model, data, batch_size=batch_size, choices=False, progress=False)
 
 
 def trace_row(step: int, components: int, found: Evaluation, **more: Any) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def trace_row(step: int, components: int, found: Evaluation, **more: Any) -> dic
 
 
 def best_step(trace: list[dict[str, Any]], eligible: str | None = None) -> pd.DataFrame:
-    """The trace as a table whose ``chosen`` marks its best row: accuracy, then loss, then first.
+    """The trace as a table whose ``chosen`` marks its best row, of equal ones the first.
 
     Args:
         trace: rows of :func:`trace_row`.
@@ -94,10 +98,10 @@ def best_step(trace: list[dict[str, Any]], eligible: str | None = None) -> pd.Da
     table = pd.DataFrame(trace)
     allowed = table[eligible].astype(bool) if eligible else pd.Series(True, index=table.index)
     allowed.iloc[0] = True
-    order = table[allowed].sort_values(
-        ["validation_accuracy", "validation_loss", "step"], ascending=[False, True, True]
-    )
-    return table.assign(chosen=table.index == order.index[0])
+    columns = ["validation_accuracy", "validation_loss", "components"]
+    ranks = [preference(*row) for row in table[columns].itertuples(index=False)]
+    best = max(np.flatnonzero(allowed), key=lambda row: ranks[row])
+    return table.assign(chosen=table.index == table.index[best])
 
 
 class Checkpoint:
@@ -106,17 +110,26 @@ class Checkpoint:
     def __init__(
         self,
         path: str | os.PathLike[str] | None,
-        base: Scores,
-        data: Mapping[str, Dataset],
+        scores: Scores,
+        train: Dataset,
+        validation: Dataset,
         options: Mapping[str, Any],
+        protect: Protection | None = None,
     ) -> None:
         """Where to keep the state (nowhere if ``path`` is ``None``), and what identifies it."""
         self._path = Path(path) if path is not None else None
+        if self._path is None:
+            return
+        data = {"train": train, "validation": validation}
+        if protect is not None:
+            data |= {f"protected {name}": rows for name, rows in protect.data.items()}
+            options = {**options, "bound": protect.bound, "weight": protect.weight}
         self._identity = {
-            "model": base.provenance.model_fingerprint,
-            "scores": [base.criterion, base.reference, base.z, base.provenance.task_hash],
-            "components": text_hash([base.components[COMPONENT].to_csv(index=False)]),
-            "positions": [base.positions.start, base.positions.stop, base.bucketed],
+            "model": scores.provenance.model_fingerprint,
+            "scores": [scores.criterion, scores.reference, scores.z, scores.provenance.task_hash],
+            "components": text_hash([scores.components[COMPONENT].to_csv(index=False)]),
+            "basis": [scores.basis, scores.basis_seed],
+            "positions": scores.means.header(),
             "data": {name: text_hash(rows.to_list()) for name, rows in data.items()},
             "options": json.loads(json.dumps(options)),
         }

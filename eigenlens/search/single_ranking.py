@@ -9,11 +9,11 @@ from datasets import Dataset
 from pydantic import Field
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.evaluation import evaluate
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
+from eigenlens.provenance import same_weights
 from eigenlens.scoring import Scores
-from eigenlens.search.result import SearchResult, best_step, trace_row
+from eigenlens.search.result import SearchResult, best_step, look, trace_row
 from eigenlens.selection import Within, select
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -21,7 +21,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 def one_shot(
     model: TransformerBridge,
-    base: Scores,
+    scores: Scores,
     validation: Dataset,
     *,
     fractions: Sequence[Share] = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
@@ -35,7 +35,7 @@ def one_shot(
 
     Args:
         model: in eval mode.
-        base: its scores.
+        scores: its scores.
         validation: examples to choose the fraction on.
         fractions: shares of the components to try, each in [0, 1].
         within: budget over all components, or the same share of each matrix kind or layer.
@@ -50,13 +50,15 @@ def one_shot(
     """
     if not fractions:
         raise ValueError("Give at least one fraction.")
+    scores = scores.on(model)
     choose = choose or partial(select, within=within, negative_only=negative_only)
-    sets = {0.0: FrozenSet.from_scores(base, np.array([], dtype=int))} if or_nothing else {}
-    sets |= {fraction: choose(base, fraction) for fraction in sorted(fractions)}
+    sets = {0.0: FrozenSet.from_scores(scores, np.array([], dtype=int))} if or_nothing else {}
+    sets |= {fraction: choose(scores, fraction) for fraction in sorted(fractions)}
     trace: list[dict[str, Any]] = []
-    for fraction, frozen in sets.items():
-        with freeze(model, frozen):
-            found = evaluate(model, validation, batch_size=batch_size, choices=False)
-        trace.append(trace_row(len(trace), len(frozen), found, fraction=fraction))
+    with same_weights(model):
+        for fraction, frozen in sets.items():
+            with freeze(model, frozen):
+                found = look(model, validation, batch_size)
+            trace.append(trace_row(len(trace), len(frozen), found, fraction=fraction))
     table = best_step(trace)
     return SearchResult("one_shot", list(sets.values())[int(table["chosen"].argmax())], table)

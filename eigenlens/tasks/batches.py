@@ -16,13 +16,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from eigenlens.inputs import check_data, check_model, tokenizer_of
+from eigenlens.tasks.tokenising import Encoded, tokenise
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one example."""
-
-    prompt: list[int]
-    answer: list[int]
+_PADDING = 0  # masked: any token of the vocabulary will do
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class Batch:
         answer_mask: true where the answer has a token.
         n_prompt: columns that belong to the prompt.
         indices: row of each example in the data set.
+        is_padded: whether any column is padding in any row.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -44,6 +42,7 @@ class Batch:
     answer_mask: Bool[Tensor, "batch answer"]
     n_prompt: int
     indices: list[int]
+    is_padded: bool
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -53,42 +52,10 @@ class Batch:
         """Position of each column, counted from the end of the prompt."""
         return range(-self.n_prompt, self.tokens.shape[1] - self.n_prompt)
 
-    @property
-    def is_padded(self) -> bool:
-        """Whether any column is padding in any row."""
-        return not bool(self.attention_mask.all())
-
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         names = ("tokens", "attention_mask", "answer", "answer_mask")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
-
-def tokenise(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool = False
-) -> list[Encoded]:
-    """Token ids of every example of ``data``.
-
-    Prompt and answer are tokenised together where that splits at their border (as the text would
-    be read), and on their own otherwise.
-
-    Raises:
-        ValueError: an example whose prompt or answer tokenises to nothing.
-    """
-    prompts, answers = list(data["prompt"]), list(data["answer"])
-    bos = [tokenizer.bos_token_id] if prepend_bos else []
-    encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
-    alone = encode(prompts)
-    joint = encode([p + a for p, a in zip(prompts, answers, strict=True)])
-    encoded = []
-    for row, (prompt, both) in enumerate(zip(alone, joint, strict=True)):
-        fits = both[: len(prompt)] == prompt
-        answer = both[len(prompt) :] if fits else encode([answers[row]])[0]
-        if not answer or not (bos or prompt):
-            part = "answer" if not answer else "prompt"
-            raise ValueError(f"Example {row}: the {part} {data[row][part]!r} tokenises to nothing.")
-        encoded.append(Encoded(bos + prompt, answer))
-    return encoded
 
 
 def make_batches(
@@ -97,6 +64,7 @@ def make_batches(
     batch_size: int,
     *,
     smallest: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> list[Batch]:
     """Tokenise ``data`` for ``model`` and cut it into batches of similar length.
 
@@ -106,11 +74,16 @@ def make_batches(
             is prepended (``model.cfg.default_prepend_bos``).
         batch_size: most examples in a batch.
         smallest: fewest examples in a batch; batches grow a little where needed.
+        rows: numbers of the examples in messages; by default their places in ``data``.
 
     Raises:
-        ValueError: ``batch_size`` below ``smallest``, no or fewer than ``smallest`` examples, an
-            example longer than the model's context, or one that tokenises to nothing.
+        ValueError: no ``Dataset`` of prompts and answers, no ``TransformerBridge``, or one without
+            a tokenizer; ``batch_size`` below ``smallest``, no or fewer than ``smallest`` examples;
+            an example that does not tokenise, is longer than the model's context, or has a token
+            that the model does not.
     """
+    check_model(model)
+    check_data(data)
     if len(data) == 0:
         raise ValueError("The data set is empty.")
     if batch_size < max(1, smallest) or len(data) < smallest:
@@ -118,22 +91,36 @@ def make_batches(
             f"batch_size={batch_size} with {len(data)} examples: "
             f"batches of at least {max(1, smallest)} are needed here."
         )
-    encoded = tokenise(data, model.tokenizer, prepend_bos=bool(model.cfg.default_prepend_bos))
-    _check_context(encoded, model.cfg.n_ctx)
-    pad = model.tokenizer.pad_token_id or 0
+    tokenizer, n_rows = tokenizer_of(model), len(model.W_E)
+    bos = bool(model.cfg.default_prepend_bos)
+    encoded = tokenise(data, tokenizer, prepend_bos=bos, rows=rows)
+    for row, example in enumerate(encoded) if rows is None else zip(rows, encoded, strict=True):
+        _check_context(row, example, model.cfg.n_ctx)
+        _check_vocabulary(row, example, n_rows, tokenizer)
     return [
-        _collate(encoded, rows, pad).to(model.cfg.device)
-        for rows in _chunks(encoded, batch_size, smallest)
+        _collate(encoded, chunk).to(model.cfg.device)
+        for chunk in _chunks(encoded, batch_size, smallest)
     ]
 
 
-def _check_context(encoded: Sequence[Encoded], n_ctx: int) -> None:
-    for row, example in enumerate(encoded):
-        length = len(example.prompt) + len(example.answer)
-        if length > n_ctx:
-            raise ValueError(
-                f"Example {row} has {length} tokens, but the model's context holds {n_ctx}."
-            )
+def _check_context(row: int, example: Encoded, n_ctx: int) -> None:
+    if example.n_read > n_ctx:
+        raise ValueError(
+            f"Example {row} has {example.n_read} tokens to read (prompt and answer without its "
+            f"last one), but the model's context holds {n_ctx}."
+        )
+
+
+def _check_vocabulary(
+    row: int, example: Encoded, n_rows: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    token = max(example.prompt + example.answer)
+    if token >= n_rows:
+        name = tokenizer.convert_ids_to_tokens(token)
+        raise ValueError(
+            f"Example {row} has the token {name!r} of id {token}, but the model's embedding has "
+            f"{n_rows} rows: this tokenizer is not the model's, or has tokens added."
+        )
 
 
 def _chunks(encoded: Sequence[Encoded], batch_size: int, smallest: int) -> Iterator[list[int]]:
@@ -144,11 +131,11 @@ def _chunks(encoded: Sequence[Encoded], batch_size: int, smallest: int) -> Itera
     return (chunk.tolist() for chunk in np.array_split(order, n_batches))
 
 
-def _collate(encoded: Sequence[Encoded], rows: list[int], pad: int) -> Batch:
+def _collate(encoded: Sequence[Encoded], rows: list[int]) -> Batch:
     n_prompt = max(len(encoded[row].prompt) for row in rows)
     n_answer = max(len(encoded[row].answer) for row in rows)
-    tokens = torch.full((len(rows), n_prompt + n_answer - 1), pad)
-    answer = torch.full((len(rows), n_answer), pad)
+    tokens = torch.full((len(rows), n_prompt + n_answer - 1), _PADDING)
+    answer = torch.full((len(rows), n_answer), _PADDING)
     for line, row in enumerate(rows):
         prompt, reply = encoded[row].prompt, encoded[row].answer
         first, last = n_prompt - len(prompt), n_prompt + len(reply) - 1
@@ -164,4 +151,5 @@ def _collate(encoded: Sequence[Encoded], rows: list[int], pad: int) -> Batch:
         answer_mask=torch.arange(n_answer) < lengths[:, 1:],
         n_prompt=n_prompt,
         indices=list(rows),
+        is_padded=not bool(there.all()),
     )

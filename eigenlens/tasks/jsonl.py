@@ -5,12 +5,14 @@ and answer are put together as they are: an answer after a space begins with tha
 fields are passed over.
 """
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eigenlens.tasks.rows import Row, read_rows
+from eigenlens.tasks.sources import LocalPath
 from eigenlens.tasks.splits import Example, hold_out, take
 from eigenlens.tasks.task import Task, to_dataset
 
@@ -26,10 +28,10 @@ class JsonlConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: Path | None = Field(default=None, description="one file for all splits")
-    train: Path | None = None
-    validation: Path | None = None
-    test: Path | None = None
+    path: LocalPath | None = Field(default=None, description="one file for all splits")
+    train: LocalPath | None = None
+    validation: LocalPath | None = None
+    test: LocalPath | None = None
     n_train: int | None = Field(default=None, ge=1)
     n_validation: int | None = Field(default=None, ge=1)
     n_test: int | None = Field(default=None, ge=1)
@@ -67,21 +69,21 @@ def _file_each(config: JsonlConfig) -> tuple[list[Example], list[Example], list[
         validation = take(_read(config.validation), config.n_validation, "n_validation")
         _, rest = hold_out(_read(config.train), 0, config.seed, "n_validation")
     train = take(rest, config.n_train, "n_train")
-    _check_disjoint(train, validation, test)
+    _check_disjoint(train=train, validation=validation, test=test)
     return train, validation, test
 
 
-def _check_disjoint(*splits: list[Example]) -> None:
-    names = ("train", "validation", "test")
-    seen: dict[str, str] = {}
-    for name, split in zip(names, splits, strict=True):
-        for prompt in dict.fromkeys(example["prompt"] for example in split):
-            if prompt in seen:
-                raise ValueError(
-                    f"The prompt {prompt!r} is in {seen[prompt]} and in {name}: "
-                    "take it out of one of the files."
-                )
-            seen[prompt] = name
+def _check_disjoint(**splits: list[Example]) -> None:
+    """Raise ``ValueError`` where splits share prompts."""
+    prompts = {name: dict.fromkeys(row["prompt"] for row in rows) for name, rows in splits.items()}
+    shared = []
+    for one, other in combinations(prompts, 2):
+        both = [prompt for prompt in prompts[one] if prompt in prompts[other]]
+        if both:
+            count = f"{len(both)} prompt{'s' if len(both) > 1 else ''}"
+            shared.append(f"{one} and {other} share {count}, such as {both[0]!r}")
+    if shared:
+        raise ValueError(f"{'; '.join(shared)}: take them out of one of the files.")
 
 
 def _read(path: Path | None) -> list[Example]:

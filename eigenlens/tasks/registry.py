@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from eigenlens.errors import problems
+from eigenlens.inputs import check_tokenizer
 from eigenlens.tasks.arithmetic import ambiguous, int_add, int_mult
 from eigenlens.tasks.batches import tokenise
 from eigenlens.tasks.ioi import ioi
@@ -51,6 +52,7 @@ def load_task(
     except ValidationError as error:
         raise ValueError(f"Task {name!r}: {problems(error, 'arguments')}.") from error
     if tokenizer is not None:
+        check_tokenizer(tokenizer)
         for split in (task.train, task.validation, task.test):
             tokenise(split, tokenizer)
     return task

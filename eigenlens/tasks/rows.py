@@ -55,8 +55,11 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: a line that is not UTF-8, not JSON or not an object, or a file without rows.
+        DataError: a folder; a line that is not UTF-8, not JSON or not an object, that has a key
+            twice in an object or half a surrogate pair in a text; or a file without rows.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name a file in it.")
     if not path.is_file():
         raise FileNotFoundError(f"No such file: {path}")
     rows = list(_parsed(path))
@@ -71,13 +74,36 @@ def _parsed(path: Path) -> Iterator[Row]:
         where = f"{path}, line {number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            fields = json.loads(text) if text.strip() else None
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: not UTF-8 ({error.reason}).") from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not valid JSON ({error.msg}).") from error
-        if not text.strip():
-            continue
-        if not isinstance(fields, dict):
-            raise DataError(f"{where}: expected a JSON object, not {text.strip()[:40]!r}.")
-        yield Row(fields, where)
+        if text.strip():
+            yield Row(_fields(text, where), where)
+
+
+def _fields(text: str, where: str) -> dict[str, Any]:
+    """The JSON object in a line."""
+    try:
+        fields = json.loads(text, object_pairs_hook=_without_duplicates)
+        json.dumps(fields, ensure_ascii=False).encode()  # refuses half a surrogate pair
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg}).") from error
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(
+            f"{where}: {half} is half of a surrogate pair and no character: write the pair, or the "
+            "character itself."
+        ) from error
+    except (ValueError, RecursionError) as error:  # also of numbers and nestings without end
+        raise DataError(f"{where}: cannot be read: {error}.") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: expected a JSON object, not {text.strip()[:40]!r}.")
+    return fields
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} comes twice in one object")
+    return fields

@@ -7,11 +7,22 @@ the Hub: results must not depend on which files happened to be there.
 
 import os
 from pathlib import Path
+from typing import Annotated
 
 import datasets
 from datasets import Dataset
+from pydantic import AfterValidator
 
 _VARIABLE = "EIGENLENS_DATA"
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with the home folder in place of ``~``, which stays where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
+LocalPath = Annotated[Path, AfterValidator(expanded)]
+"""A path among the arguments of a task."""
 
 
 class MissingDataError(FileNotFoundError):
@@ -22,7 +33,7 @@ def data_folder(data: Path | None) -> Path | None:
     """``data``, else ``EIGENLENS_DATA``, else ``None``."""
     if data is not None:
         return data
-    return Path(os.environ[_VARIABLE]) if os.environ.get(_VARIABLE) else None
+    return expanded(os.environ[_VARIABLE]) if os.environ.get(_VARIABLE) else None
 
 
 def data_file(folder: Path, collection: str, name: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from eigenlens.tasks.rows import Row, read_rows
-from eigenlens.tasks.sources import data_file, data_folder, from_hub
+from eigenlens.tasks.sources import LocalPath, data_file, data_folder, from_hub
 from eigenlens.tasks.splits import Example, hold_out, take
 from eigenlens.tasks.task import Task, to_dataset
 
@@ -32,7 +32,7 @@ class SuperGlueConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: Path | None = Field(default=None, description="folder that holds the official files")
+    data: LocalPath | None = Field(default=None, description="folder that holds the official files")
     n_train: int | None = Field(default=None, ge=1)
     n_validation: int | None = Field(default=None, ge=1)
     n_test: int | None = Field(default=None, ge=1)

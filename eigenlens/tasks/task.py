@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
@@ -49,7 +50,7 @@ class Task:
     def _repr_html_(self) -> str:
         sizes = f"{len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test"
         head = self.train.select(range(min(3, len(self.train)))).to_pandas()
-        return f"<b>{self.name}</b>: {sizes}{head.to_html(index=False)}"
+        return f"<b>{escape(self.name)}</b>: {sizes}{head.to_html(index=False)}"
 
 
 def to_dataset(examples: list[dict[str, Any]]) -> Dataset:

@@ -23,8 +23,9 @@ from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
+from eigenlens.inputs import check_tokenizer
 from eigenlens.tasks.rows import DataError
-from eigenlens.tasks.sources import data_file, data_folder, from_hub
+from eigenlens.tasks.sources import LocalPath, data_file, data_folder, from_hub
 from eigenlens.tasks.splits import Example, take
 from eigenlens.tasks.task import Task, to_dataset
 
@@ -40,7 +41,7 @@ class WikiTextConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: Path | None = Field(default=None, description="folder that holds the text files")
+    data: LocalPath | None = Field(default=None, description="folder that holds the text files")
     n_train: int = Field(default=100, ge=1)
     n_validation: int = Field(default=100, ge=1)
     n_test: int = Field(default=200, ge=1)
@@ -101,6 +102,8 @@ def text_examples(
     """
     if min(n_prompt_tokens, n_answer_tokens) < 1:
         raise ValueError("A prompt and an answer need at least one token each.")
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     text = _read(source) if isinstance(source, Path) else source
     passages = _passages(text, tokenizer, n_prompt_tokens, n_answer_tokens)
     if not passages:

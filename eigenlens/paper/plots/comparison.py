@@ -5,7 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, ORANGE, TEMPLATE, log_ticks
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, ORANGE, TEMPLATE, log_ticks, plain
 
 _COLUMNS = ("method", "accuracy", "low", "high", "seconds", "parameters")
 _COSTS = (("seconds", "time (s)", ORANGE), ("parameters", "numbers learned or chosen", GREEN))
@@ -33,6 +33,7 @@ def methods(table: pd.DataFrame) -> go.Figure:
     twice = table["method"][table["method"].duplicated()]
     if len(twice):
         raise ValueError(f"{twice.iloc[0]!r} comes twice: add up its rows first.")
+    table = table.assign(method=table["method"].map(plain))
     figure = make_subplots(
         rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.03, column_widths=[0.46, 0.27, 0.27]
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.plots.style import FULL_WIDTH, HARM_HELP, TEMPLATE
+from eigenlens.plots.style import FULL_WIDTH, HARM_HELP, TEMPLATE, plain
 
 _COLUMNS = ("learned_on", "tested_on", "change")
 _CELL, _TOP, _BOTTOM = 58, 20, 75  # pixels
@@ -32,6 +32,8 @@ def transfer(table: pd.DataFrame) -> go.Figure:
     if pairs.duplicated().any():
         twice = pairs[pairs.duplicated()].iloc[0].to_list()
         raise ValueError(f"The pair {twice} comes twice: add up its rows first.")
+    learned, tested = (table[name].map(plain) for name in pairs)
+    table = table.assign(learned_on=learned, tested_on=tested)
     change = _grid(table, "change")
     widest = max(float(np.nanmax(np.abs(change))), 0.01)
     figure = go.Figure(

@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.decomposition import decompose
 from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
@@ -34,7 +35,6 @@ from eigenlens.plots.style import (
 from eigenlens.scoring import Scores, score
 from eigenlens.search import Protection, guarded, iterative, learned
 from eigenlens.selection import select
-from eigenlens.decomposition import decompose
 from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
 

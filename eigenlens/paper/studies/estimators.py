@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.decomposition import decompose
 from eigenlens.evaluation import evaluate, wilson_interval
 from eigenlens.exact import exact_effects
 from eigenlens.faithfulness import agreement, stratified_sample, top_k
@@ -33,7 +34,6 @@ from eigenlens.plots.style import BLUE, FULL_WIDTH, ORANGE, TEMPLATE
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES, integrated, refined
 from eigenlens.scoring import Scores, score
 from eigenlens.search import one_shot
-from eigenlens.decomposition import decompose
 from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
 

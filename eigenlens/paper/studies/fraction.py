@@ -6,7 +6,7 @@ from plotly.subplots import make_subplots
 
 from eigenlens.paper.studies.grid import grid_study
 from eigenlens.paper.studies.views import INTERVALS, own, percent, pooled
-from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, GREY, ORANGE, TEMPLATE, VERMILION
+from eigenlens.plots.style import BLUE, FULL_WIDTH, GREEN, GREY, ORANGE, TEMPLATE, VERMILION, plain
 
 QUESTION = "How much of a model may be frozen in one shot, by which ranking?"
 MINUTES = 15
@@ -48,7 +48,11 @@ def figure(table: pd.DataFrame) -> go.Figure:
     found = _split(pooled(own(table)))
     labels = list(dict.fromkeys(found["label"]))
     drawn = make_subplots(
-        rows=1, cols=len(labels), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=labels
+        rows=1,
+        cols=len(labels),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        subplot_titles=[plain(label) for label in labels],
     )
     for column, label in enumerate(labels, start=1):
         part = found[found["label"] == label]

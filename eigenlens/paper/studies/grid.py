@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines import Edit, FitResult, FrozenEdit, load_edit, measure
+from eigenlens.decomposition import decompose
 from eigenlens.evaluation import Evaluation, majority_accuracy, perplexity
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
@@ -27,9 +28,9 @@ from eigenlens.paper.studies.result import ExperimentResult, Parts
 from eigenlens.paper.studies.study import Study
 from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
-from eigenlens.decomposition import decompose
 from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
+from eigenlens.tasks.candidates import candidates_of
 
 _SEEDS_PER_DRAW = 1000  # seeds of two draws never meet
 
@@ -180,7 +181,7 @@ class _Bench:
             put = edit.transform(data)
             statistics = output_statistics(loaded.model, put, batch_size=probe.batch_size)
             # Of single answer words a perplexity says little.
-            chosen_from = any(data["candidates"])
+            chosen_from = any(candidates_of(data))
             text = (
                 None if chosen_from else perplexity(loaded.model, put, batch_size=probe.batch_size)
             )
@@ -252,12 +253,12 @@ def _names(cell: Cell) -> dict[str, Any]:
 
 
 def _measured(test: Evaluation) -> dict[str, Any]:
-    choices = test.examples.get("choice_correct")
+    every = test.choice_n == test.n  # shares of a part of the examples cannot be added up with n
     return {
         "right": int(test.examples["correct"].sum()),
         "n": test.n,
         "loss": test.loss,
-        "choice_right": None if choices is None else int(choices.sum()),
+        "choice_right": int(test.examples["choice_correct"].sum()) if every else None,
         # lets two cells be compared example by example
         "correct": "".join("01"[int(value)] for value in test.examples["correct"]),
     }

@@ -16,6 +16,7 @@ from eigenlens.plots.style import (
     TEMPLATE,
     VERMILION,
     one_legend_entry_each,
+    plain,
 )
 
 QUESTION = "Does an edit break the model: same answer to everything, other tasks lost?"
@@ -75,7 +76,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def figure(table: pd.DataFrame) -> go.Figure:
     """Information that outputs carry about inputs, for each edit and data set."""
     found = _means(table)
-    found["panel"] = found["model"] + "<br>made for " + found["label"]
+    found["panel"] = found["model"].map(plain) + "<br>made for " + found["label"].map(plain)
     panels, data, methods = (list(dict.fromkeys(found[c])) for c in ("panel", "data", "method"))
     drawn = make_subplots(
         rows=1,
@@ -93,7 +94,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
     drawn.update_xaxes(title_text="information (nats)", rangemode="tozero")
     drawn.update_yaxes(
         tickvals=list(range(len(methods))),
-        ticktext=methods,
+        ticktext=[plain(method) for method in methods],
         range=[len(methods) - 0.4, -0.6],
         automargin=True,
         zeroline=False,
@@ -120,6 +121,6 @@ def _points(part: pd.DataFrame, name: str, number: int, methods: list[str]) -> g
             "size": 9,
             "opacity": 0.85,
         },
-        name=name,
+        name=plain(name),
         legendgroup=name,
     )

@@ -17,6 +17,7 @@ from datasets import Dataset
 from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.decomposition import decompose
 from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
 from eigenlens.freezing import freeze
 from eigenlens.models import load_model
@@ -36,7 +37,6 @@ from eigenlens.plots.style import (
 from eigenlens.refinement import REFINED_EXAMPLES, refined
 from eigenlens.scoring import Scores, score
 from eigenlens.search import SearchResult, guarded, iterative, learned, one_shot
-from eigenlens.decomposition import decompose
 from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
 

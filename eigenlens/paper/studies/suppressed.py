@@ -18,12 +18,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.circuits import Circuit, circuit, cut_paths
 from eigenlens.circuits.nodes import EMBED
+from eigenlens.decomposition import decompose
 from eigenlens.models import load_model
 from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, TEMPLATE, VERMILION
 from eigenlens.scoring import Scores, score
 from eigenlens.selection import select
-from eigenlens.decomposition import decompose
 from eigenlens.tasks import load_task
 
 QUESTION = "Is the path of the suppressed reading real: do cuts change the loss as the graph says?"

@@ -8,7 +8,7 @@ from eigenlens.evaluation import wilson_interval
 from eigenlens.paper.plots.transfer_grid import transfer as transfer_figure
 from eigenlens.paper.studies.grid import grid_study
 from eigenlens.paper.studies.result import share
-from eigenlens.plots.style import FULL_WIDTH, TEMPLATE
+from eigenlens.plots.style import FULL_WIDTH, TEMPLATE, plain
 
 QUESTION = "Does a mask made for one task serve or harm others?"
 MINUTES = 20
@@ -75,7 +75,8 @@ def figure(table: pd.DataFrame) -> go.Figure:
     found = _grid(table)
     tasks = found[~found["is_text"]]
     models = list(dict.fromkeys(tasks["model"]))
-    drawn = make_subplots(rows=1, cols=len(models), subplot_titles=models, horizontal_spacing=0.2)
+    titles = [plain(model) for model in models]
+    drawn = make_subplots(rows=1, cols=len(models), subplot_titles=titles, horizontal_spacing=0.2)
     for column, model in enumerate(models, start=1):
         part = transfer_figure(_changes(tasks[tasks["model"] == model])).data[0]
         part.update(zmin=-100, zmax=100, showscale=column == len(models))

@@ -10,7 +10,15 @@ from plotly.subplots import make_subplots
 
 from eigenlens.evaluation import mcnemar, wilson_interval
 from eigenlens.paper.studies.result import share
-from eigenlens.plots.style import BLUE, FULL_WIDTH, GREY, ORANGE, TEMPLATE, one_legend_entry_each
+from eigenlens.plots.style import (
+    BLUE,
+    FULL_WIDTH,
+    GREY,
+    ORANGE,
+    TEMPLATE,
+    one_legend_entry_each,
+    plain,
+)
 
 _CELL = ["model", "label", "method"]
 INTERVALS = (
@@ -208,7 +216,7 @@ def dots(
     figure.update_xaxes(title_text="test accuracy (%)" if len(panels) < 5 else "accuracy<br>(%)")
     figure.update_yaxes(
         tickvals=list(range(len(rows))),
-        ticktext=list(rows),
+        ticktext=[plain(name) for name in rows],
         range=[len(rows) - 0.4, -0.6],
         zeroline=False,
     )
@@ -237,4 +245,4 @@ _LABELS = {"accuracy": "exact match", "choice": "choice among candidates"}
 
 
 def _wrapped(name: str) -> str:
-    return name.replace(", ", "<br>").replace(" as ", "<br>as ")
+    return plain(name).replace(", ", "<br>").replace(" as ", "<br>as ")
