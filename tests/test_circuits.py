@@ -12,8 +12,7 @@ from tiny_models import EQUAL, FAMILIES, MIXED, write_tiny_model
 import eigenlens as el
 from eigenlens.circuits.norms import final_gain, gain_after, gain_before
 from eigenlens.files import FileFormatError
-from eigenlens.scoring.by_cache import _differentiate_from_here
-from eigenlens.spectra import COMPONENT, Spectra
+from eigenlens.spectra import COMPONENT
 
 QUIET = {"progress": False}
 
@@ -86,11 +85,19 @@ def test_with_the_whole_norm_edges_out_sum_to_the_score_in_every_family(tiny, fa
     np.testing.assert_allclose(found.nodes["outflow"], own["delta_loss"], rtol=1e-7, atol=1e-10)
 
 
+def sides(model, spectrum):
+    """``r_i`` as columns and ``w_i`` as rows, by head, with ``E_i = r_i w_i`` a part of the weight."""
+    weight = spectrum.site.find(model).weight.detach()
+    if spectrum.site.side == "in":
+        return spectrum.read, spectrum.write @ weight
+    return weight @ spectrum.read, spectrum.write
+
+
 def by_hand(model, spectra, names, *others):
-    """``a`` and ``g`` of all components of these maps, and the cache with these other hooks."""
-    maps = [spectra[name].matrix for name in names]
-    kept = [*others, *(point for m in maps for point in (m.hook_in, m.hook_out))]
-    hooks = [("blocks.0.hook_in", _differentiate_from_here)]
+    """What all components of these maps read of the input, and of the output's gradient."""
+    maps = {name: spectra[name].site.find(model) for name in names}
+    kept = [*others, *(point for m in maps.values() for point in (m.hook_in, m.hook_out))]
+    hooks = [("blocks.0.hook_in", lambda value, hook: value.detach().requires_grad_())]
     batch = el.tasks.make_batches(EQUAL, model, len(EQUAL))[0]
     tokens = torch.cat([batch.tokens, batch.answer[:, -1:]], dim=1)
     labels = tokens.clone()
@@ -100,12 +107,16 @@ def by_hand(model, spectra, names, *others):
             tokens, return_type="loss", labels=labels, names_filter=kept, incl_bwd=True
         )
     found = {}
-    for name in names:
-        m = spectra[name].matrix
-        x = cache[m.hook_in].flatten(2)[:, :-1]
+    for name, m in maps.items():
+        reads, writes = sides(model, spectra[name])
+        x = cache[m.hook_in].flatten(2)[:, :-1, None].unflatten(-1, (-1, m.d_in))[:, :, 0]
         # The bridge's loss is a mean over examples and answer tokens.
         g = cache[f"{m.hook_out}_grad"].flatten(2)[:, :-1] * batch.answer.numel()
-        found[name] = spectra[name].reads(x), spectra[name].writes(g)
+        g = g.unflatten(-1, (-1, m.d_out))
+        found[name] = (
+            torch.einsum("bphi,hik->bphk", x.expand(-1, -1, m.n_heads, -1), reads),
+            torch.einsum("bpho,hko->bphk", g.expand(-1, -1, m.n_heads, -1), writes),
+        )
     return found, cache
 
 
@@ -120,13 +131,14 @@ def test_an_edge_through_a_layer_norm_is_the_formula(tiny):
     w, r = scores.spectra["blocks.0.W_out"], scores.spectra["blocks.1.W_V"]
     chosen = pd.DataFrame([(0, "W_out", 0, 3), (1, "W_V", 2, 1)], columns=COMPONENT)
     found = traced(model, scores, components=chosen)
-    names = [w.matrix.name, r.matrix.name]
+    names = [w.name, r.name]
     runs, cache = by_hand(model, scores.spectra, names, "blocks.1.ln1.hook_scale")
-    a = runs[w.matrix.name][0][:, :, 0, 3]
-    g = runs[r.matrix.name][1][:, :, 2, 1]
-    v = w.vh[0, 3] - w.vh[0, 3].mean()
+    a = runs[w.name][0][:, :, 0, 3]
+    g = runs[r.name][1][:, :, 2, 1]
+    v = sides(model, w)[1][0, 3]
     scale = cache["blocks.1.ln1.hook_scale"][:, :-1, 0]
-    passed = (v * model.blocks[1].ln1.weight) @ r.u[2, :, 1] * r.sigma[2, 1] / scale
+    seen = (v - v.mean()) * model.blocks[1].ln1.weight
+    passed = seen @ sides(model, r)[0][2, :, 1] / scale
     expected = ((a.mean(0) - a) * passed * g).sum(1).mean()
     assert effect_of(found, "L0.W_out[3]", "L1.W_V[2,1]") == pytest.approx(float(expected))
 
@@ -136,17 +148,17 @@ def test_an_edge_inside_a_head_is_weighted_by_attention(tiny, family):
     model = tiny(family)
     scores = scored(model)
     w, r = scores.spectra["blocks.1.W_V"], scores.spectra["blocks.1.W_O"]
-    head = r.matrix.n_heads - 1
-    own = head // (r.matrix.n_heads // w.matrix.n_heads)
+    head = r.site.n_heads - 1
+    own = head // (r.site.n_heads // w.site.n_heads)
     chosen = pd.DataFrame([(1, "W_V", own, 2), (1, "W_O", head, 1)], columns=COMPONENT)
     found = traced(model, scores, components=chosen)
-    names = [w.matrix.name, r.matrix.name]
+    names = [w.name, r.name]
     runs, cache = by_hand(model, scores.spectra, names, "blocks.1.attn.hook_pattern")
-    a = runs[w.matrix.name][0][:, :, own, 2]
-    g = runs[r.matrix.name][1][:, :, head, 1]
+    a = runs[w.name][0][:, :, own, 2]
+    g = runs[r.name][1][:, :, head, 1]
     pattern = cache["blocks.1.attn.hook_pattern"][:, head, :-1, :-1]
     moved = torch.einsum("bqk,bk->bq", pattern, a.mean(0) - a)
-    meets = (w.vh[own, 2] @ r.u[head, :, 1]) * r.sigma[head, 1]
+    meets = sides(model, w)[1][own, 2] @ sides(model, r)[0][head, :, 1]
     expected = float((moved * meets * g).sum(1).mean())
     writer, reader = f"L1.W_V[{own},2]", f"L1.W_O[{head},1]"
     assert effect_of(found, writer, reader) == pytest.approx(expected)
@@ -158,13 +170,13 @@ def test_an_edge_inside_a_gated_mlp_has_the_derivative_of_the_gate(tiny):
     w, r = scores.spectra["blocks.0.W_gate"], scores.spectra["blocks.0.W_out"]
     chosen = pd.DataFrame([(0, "W_gate", 0, 1), (0, "W_out", 0, 4)], columns=COMPONENT)
     found = traced(model, scores, components=chosen)
-    names = [w.matrix.name, r.matrix.name]
+    names = [w.name, r.name]
     runs, cache = by_hand(model, scores.spectra, names, "blocks.0.mlp.in.hook_out")
-    a, g = runs[w.matrix.name][0][:, :, 0, 1], runs[r.matrix.name][1][:, :, 0, 4]
-    gate = cache[w.matrix.hook_out][:, :-1]
+    a, g = runs[w.name][0][:, :, 0, 1], runs[r.name][1][:, :, 0, 4]
+    gate = cache["blocks.0.mlp.gate.hook_out"][:, :-1]
     sigmoid = gate.sigmoid()
     slope = sigmoid * (1 + gate * (1 - sigmoid)) * cache["blocks.0.mlp.in.hook_out"][:, :-1]
-    meets = (slope * w.vh[0, 1]) @ r.u[0, :, 4] * r.sigma[0, 4]
+    meets = (slope * sides(model, w)[1][0, 1]) @ sides(model, r)[0][0, :, 4]
     expected = float(((a.mean(0) - a) * meets * g).sum(1).mean())
     assert effect_of(found, "L0.W_gate[1]", "L0.W_out[4]") == pytest.approx(expected)
 
@@ -201,16 +213,16 @@ def test_degenerate_values_are_one_node_whatever_their_basis(tiny_folder):
     spectrum = el.decompose(model, ["W_out"], [0], cache=False, **QUIET)["blocks.0.W_out"]
     sigma = spectrum.sigma.clone()
     sigma[0, 3:6] = sigma[0, 4].clone()
-    weight = torch.einsum("hir,hr,hro->io", spectrum.u, sigma, spectrum.vh)
-    spectrum.matrix.flat_weight.data.copy_(weight)
+    reads, writes = sides(model, spectrum)
+    weight = reads[0] * (sigma / spectrum.sigma)[0] @ writes[0]
+    spectrum.site.find(model).flat_weight.data.copy_(weight)
     plain = el.decompose(model, cache=False, **QUIET)
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
     own = plain["blocks.0.W_out"]
-    u, vh = own.u.clone(), own.vh.clone()
-    u[0, :, 3:6] = u[0, :, 3:6] @ turn
-    vh[0, 3:6] = turn.T @ vh[0, 3:6]
-    turned = Spectra(
-        [replace(s, u=u, vh=vh) if s is own else s for s in plain.values()], plain.provenance
+    read = own.read.clone()
+    read[0, :, 3:6] = read[0, :, 3:6] @ turn
+    turned = plain.with_spectra(
+        replace(s, read=read, write=read.mT) if s is own else s for s in plain.values()
     )
     found = []
     for spectra in (plain, turned):
@@ -259,7 +271,7 @@ def test_readout_of_a_writer_and_a_reader_by_hand(tiny):
     model = tiny("gpt2")
     spectra = el.decompose(model, **QUIET)
     found = el.readout(model, spectra, 1, "W_out", 0, 2, top=3)
-    v = spectra["blocks.1.W_out"].vh[0, 2].numpy()
+    v = spectra["blocks.1.W_out"].write[0, 2].numpy()
     gamma = model.ln_final.weight.detach().numpy()
     logits = ((v - v.mean()) * gamma) @ model.W_U.numpy()
     logits -= logits.mean()
@@ -269,7 +281,8 @@ def test_readout_of_a_writer_and_a_reader_by_hand(tiny):
     np.testing.assert_allclose(found.writes["score"], logits[[*order[:3], *order[-3:]]])
 
     found = el.readout(model, spectra, 1, "W_V", 1, 0, top=2)
-    u = spectra["blocks.1.W_V"].u[1, :, 0].numpy()
+    u = sides(model, spectra["blocks.1.W_V"])[0][1, :, 0].numpy()
+    u = u / np.linalg.norm(u)
     e = model.W_E.numpy()
     e = (e - e.mean(1, keepdims=True)) * model.blocks[1].ln1.weight.detach().numpy()
     cosine = e @ u / np.linalg.norm(e, axis=1)
@@ -277,7 +290,7 @@ def test_readout_of_a_writer_and_a_reader_by_hand(tiny):
     assert found.reads["token"].iloc[-1] == model.tokenizer.decode([int(cosine.argmin())])
     strongest = found.reads_from.iloc[0]
     assert strongest["writer"].startswith("L0.W_")
-    vs = spectra["blocks.0.W_out"].vh[0].numpy()
+    vs = spectra["blocks.0.W_out"].write[0].numpy()
     vs = (vs - vs.mean(1, keepdims=True)) * model.blocks[1].ln1.weight.detach().numpy()
     cosines = vs @ u / np.linalg.norm(vs, axis=1)
     full = el.readout(model, spectra, 1, "W_V", 1, 0, top=500).reads_from.set_index("writer")
@@ -295,8 +308,8 @@ def test_token_pairs_are_the_best_of_all_pairs(tiny, kind):
     w_q, w_k = el.weight_matrices(model, ["W_Q", "W_K"], [0])
     e = model.W_E * model.blocks[0].ln1.weight
     e = e / e.norm(dim=1, keepdim=True)
-    s = spectra[f"blocks.0.{kind}"]
-    part = s.sigma[1, 0] * torch.outer(s.u[1, :, 0], s.vh[1, 0])
+    reads, writes = sides(model, spectra[f"blocks.0.{kind}"])
+    part = torch.outer(reads[1, :, 0], writes[1, 0])
     for q in found["through"].unique():
         query, key = w_q.weight[q], w_k.weight[q // 2]
         query, key = (part, key) if kind == "W_Q" else (query, part)
@@ -319,8 +332,9 @@ def test_composition_by_hand_and_only_forwards(tiny):
         ("L0.W_in[2]", "L0.W_out[1]"),
         ("L0.W_out[1]", "L1.W_Q[3,0]"),
     }
-    v = spectra["blocks.0.W_out"].vh[0, 1] * model.blocks[1].ln1.weight
-    expected = v @ spectra["blocks.1.W_Q"].u[3, :, 0] / v.norm()
+    v = spectra["blocks.0.W_out"].write[0, 1] * model.blocks[1].ln1.weight
+    u = sides(model, spectra["blocks.1.W_Q"])[0][3, :, 0]
+    expected = v @ u / v.norm() / u.norm()
     found = table.set_index(["writer", "reader"])["score"]["L0.W_out[1]", "L1.W_Q[3,0]"]
     assert found == pytest.approx(float(expected))
 

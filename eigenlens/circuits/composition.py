@@ -2,23 +2,37 @@
 
 ``cos(v_w ∘ γ, u_r)`` across layers, with the reader's norm up to its scale; ``v_w · u_r`` inside a
 head (``W_V`` → ``W_O``) and inside an MLP (``W_in``, ``W_gate`` → ``W_out``). The sign is that of
-the pair of activations: with a score above zero, a positive activation of the writer raises that of
+the pair of coordinates: with a score above zero, a rising coordinate of the writer raises that of
 the reader. For a degenerate block the score is the largest principal cosine, which has no sign.
+``QK`` reads on two sides, that of the query and that of the key.
 """
 
+from collections.abc import Iterator
+
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.circuits.nodes import Nodes, make_nodes
-from eigenlens.circuits.residual import READERS, own_rows, seen_by, unit, write_rows
-from eigenlens.matrices import WeightMatrix
+from eigenlens.circuits.nodes import Node, make_nodes, node_name
+from eigenlens.circuits.norms import gain_before
+from eigenlens.circuits.residual import (
+    Rows,
+    at_norm_one,
+    own_rows,
+    read_rows,
+    stream_writes,
+    write_rows,
+)
+from eigenlens.far_side import output_vectors, unit
+from eigenlens.matrices import Site
 from eigenlens.spectra import Spectra, Spectrum
 
 _STREAM = ("W_V", "W_O", "W_out")
-_COLUMNS = ["writer", "reader", "through", "score"]
+_READERS = ("W_Q", "W_K", "W_V", "W_in", "W_gate", "QK", "OV")
+_COLUMNS = ["writer", "reader", "side", "through", "score"]
 
 
 def composition(
@@ -31,58 +45,53 @@ def composition(
 
     Args:
         model: gives norms and the maps in between.
-        spectra: its decomposition.
+        spectra: its decomposition, or that of another object with the same weights.
         writers: components (``layer, matrix, head, index``), as in a ``FrozenSet``'s table.
         readers: components; the writers themselves by default.
 
     Returns:
-        Columns ``writer, reader, through, score``, the largest magnitude first; ``through`` is the
-        query head through which a ``W_V`` writes.
+        Columns ``writer, reader, side, through, score``, the largest magnitude first; ``side`` is
+        ``query`` or ``key`` where a ``QK`` reads and else empty, ``through`` the query head through
+        which a ``W_V`` writes.
 
     Raises:
-        ValueError: components that the decomposition does not have.
+        ValueError: components that the decomposition does not have; spectra of other weights.
     """
+    spectra = spectra.on(model)
     sending = make_nodes(spectra, writers)
     receiving = sending if readers is None else make_nodes(spectra, readers)
-    rows = [
-        {"writer": w, "reader": r, "through": through, "score": score}
-        for w, writer, w_place in _each(spectra, sending)
-        for r, reader, r_place in _each(spectra, receiving)
-        for through, score in _pair(model, writer, w_place, reader, r_place).items()
-    ]
-    table = pd.DataFrame(rows, columns=_COLUMNS)
+    places, found = [], []
+    for writer in sending:
+        own, stream = own_rows(model, writer)[1], write_rows(model, writer)
+        for reader in receiving:
+            for side, through, written, read in _meeting(model, writer, own, stream, reader):
+                places.append((writer.name, reader.name, side, through))
+                found.append(cosine(written.to(read), read))
+    # One wait for the device, not one for every pair.
+    scores = torch.stack([c.to(found[0].device) for c in found]).tolist() if found else []
+    table = pd.DataFrame(places, columns=_COLUMNS[:-1]).assign(score=scores)
     return table.sort_values("score", key=abs, ascending=False, ignore_index=True)
 
 
-def _each(spectra: Spectra, nodes: Nodes) -> list[tuple[str, Spectrum, tuple[int, list[int]]]]:
-    found = []
-    for number, name in enumerate(nodes.table["node"]):
-        own = nodes.members[nodes.members["number"] == number]
-        place = (int(own["head"].iloc[0]), own["index"].tolist())
-        found.append((name, spectra[own["map"].iloc[0]], place))
-    return found
+def _meeting(
+    model: TransformerBridge, writer: Node, own: Rows, stream: dict[int, Rows], reader: Node
+) -> Iterator[tuple[str, int, Rows, Rows]]:
+    """Side, query head, what is written and what is read wherever the two meet."""
+    if inside(writer.site, writer.head, reader.site, reader.head):
+        yield "", reader.head, own, own_rows(model, reader)[0]
+    elif comes_after(model, writer.site, reader.site):
+        norm = gain_before(model, reader.site.find(model))
+        for side, read in stream_reads(model, reader).items():
+            for through, rows in stream.items():
+                yield side, through, norm(rows), read
 
 
-def _pair(
-    model: TransformerBridge,
-    writer: Spectrum,
-    w_place: tuple[int, list[int]],
-    reader: Spectrum,
-    r_place: tuple[int, list[int]],
-) -> dict[int, float]:
-    u, _ = own_rows(reader, *r_place)
-    if inside(model, writer.matrix, w_place[0], reader.matrix, r_place[0]):
-        _, v = own_rows(writer, *w_place)
-        return {r_place[0]: cosine(v, u)}
-    if not comes_after(model, writer.matrix, reader.matrix):
-        return {}
-    written = write_rows(model, writer, *w_place)
-    return {h: cosine(seen_by(model, reader.matrix, rows), u) for h, rows in written.items()}
+def stream_reads(model: TransformerBridge, reader: Node) -> dict[str, Rows]:
+    """Directions of :func:`read_rows` that reach the reader without another map of the basis."""
+    return read_rows(model, reader) if reader.site.kind in _READERS else {}
 
 
-def inside(
-    model: TransformerBridge, writer: WeightMatrix, w_head: int, reader: WeightMatrix, r_head: int
-) -> bool:
+def inside(writer: Site, w_head: int, reader: Site, r_head: int) -> bool:
     """Whether writer and reader meet inside one head or one MLP."""
     if writer.layer != reader.layer:
         return False
@@ -91,19 +100,76 @@ def inside(
     return writer.kind in ("W_in", "W_gate") and reader.kind == "W_out"
 
 
-def comes_after(model: TransformerBridge, writer: WeightMatrix, reader: WeightMatrix) -> bool:
+def comes_after(model: TransformerBridge, writer: Site, reader: Site) -> bool:
     """Whether the reader sees through the residual stream what the writer wrote to it."""
-    if writer.kind not in _STREAM or reader.kind not in READERS:
+    if writer.matrix not in _STREAM or reader.kind not in _READERS:
         return False
     if writer.layer != reader.layer:
         return writer.layer < reader.layer
     parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False))
-    return writer.kind != "W_out" and reader.kind in ("W_in", "W_gate") and not parallel
+    return writer.matrix != "W_out" and reader.kind in ("W_in", "W_gate") and not parallel
 
 
-def cosine(written: Float[Tensor, "n width"], read: Float[Tensor, "m width"]) -> float:
+def cosine(written: Float[Tensor, "n width"], read: Float[Tensor, "m width"]) -> Float[Tensor, ""]:
     """Cosine of two directions; of two sets of directions the largest principal cosine."""
-    product = unit(written) @ unit(read).T
-    if product.numel() == 1:
-        return float(product)
-    return float(torch.linalg.matrix_norm(product, 2))
+    product = at_norm_one(written) @ at_norm_one(read).T
+    return product[0, 0] if product.numel() == 1 else torch.linalg.matrix_norm(product, 2)
+
+
+def reads_from(model: TransformerBridge, spectra: Spectra, reader: Node, top: int) -> pd.DataFrame:
+    """The components of a whole decomposition that a node reads most: ``writer, side, score``.
+
+    All components of a matrix are compared at once, and only the ``top`` of all get a name.
+    """
+    norm = gain_before(model, reader.site.find(model))
+    own, stream = own_rows(model, reader)[0], stream_reads(model, reader)
+    parts = []
+    for writer in spectra.values():
+        site = writer.site
+        heads = np.arange(site.n_heads)
+        near = heads[[inside(site, head, reader.site, reader.head) for head in range(len(heads))]]
+        if len(near):
+            written, reads = output_vectors(model, writer)[near], {"": own}
+        elif comes_after(model, site, reader.site):
+            vectors = output_vectors(model, writer)
+            through, written = stream_writes(model, site.find(model), vectors, heads)
+            written, reads = norm(written), stream
+            near = np.repeat(heads, len(through) // len(heads))
+        else:
+            continue
+        parts += [
+            _cosines(writer, near, written.to(read), at_norm_one(read)).assign(side=side)
+            for side, read in reads.items()
+        ]
+    if not parts:
+        return pd.DataFrame(columns=["writer", "side", "score"])
+    table = pd.concat(parts).sort_values("score", key=abs, ascending=False, kind="stable")
+    table = table.head(top).reset_index(drop=True)
+    names = [
+        node_name(spectra[name].site, *place)
+        for name, *place in table[["name", "head", "first", "size"]].itertuples(index=False)
+    ]
+    return table.assign(writer=names)[["writer", "side", "score"]]
+
+
+def _cosines(
+    writer: Spectrum, heads: np.ndarray, written: Float[Tensor, "n k width"], read: Rows
+) -> pd.DataFrame:
+    """Cosines of the components, and degenerate blocks, of these heads with what is read."""
+    single = unit(written) @ read.T
+    score = (single[..., 0] if len(read) == 1 else single.norm(dim=-1)).flatten()
+    block = writer.blocks.cpu().numpy()[heads]
+    start = np.flatnonzero(np.diff(block, axis=1, prepend=-1))
+    size = np.diff(np.append(start, block.size))
+    flat = written.flatten(0, 1)
+    for place, n in zip(start[size > 1], size[size > 1], strict=True):
+        score[place] = cosine(flat[place : place + n], read)
+    return pd.DataFrame(
+        {
+            "name": writer.name,
+            "head": heads[start // block.shape[1]],
+            "first": start % block.shape[1],
+            "size": size,
+            "score": score.double().cpu().numpy()[start],
+        }
+    )

@@ -105,17 +105,17 @@ def editing_norms() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RunGradients:
-    """Inputs and output gradients of every map in the real, uncut run.
+    """Inputs, outputs and output gradients of every map in the real, uncut run.
 
     Attributes:
         inputs: ``x`` of each map, heads side by side.
-        gradients: ``∂metric/∂y`` of each map, heads side by side.
-        embed: what enters the first block.
+        outputs: ``y`` of each map, heads side by side.
+        gradients: ``∂metric/∂y`` of each map, and of the ``embed`` that enters the first block.
     """
 
-    inputs: dict[str, Float[Tensor, "batch pos all_in"]]
-    gradients: dict[str, Float[Tensor, "batch pos all_out"]]
-    embed: Float[Tensor, "batch pos d_model"]
+    inputs: dict[str, Float[Tensor, "batch pos _"]]
+    outputs: dict[str, Float[Tensor, "batch pos _"]]
+    gradients: dict[str, Float[Tensor, "batch pos _"]]
 
 
 def run_gradients(
@@ -145,9 +145,10 @@ def run_gradients(
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
         total = metric(precise(answer_logits(model, batch)), batch).sum()
         found = torch.autograd.grad(total, list(outputs.values()))
-    gradients = {n: g.flatten(2) for n, g in zip(outputs, found, strict=True)}
+    gradients = dict(zip(outputs, found, strict=True))
     return RunGradients(
-        inputs={name: value.detach().flatten(2) for name, value in inputs.items()},
-        gradients=gradients,
-        embed=outputs[EMBED].detach(),
+        *(
+            {name: value.detach().flatten(2) for name, value in part.items()}
+            for part in (inputs, outputs, gradients)
+        )
     )

@@ -1,7 +1,7 @@
 """Cutting paths for real: does the metric change as the graph says?
 
-An edge is cut with strength z by letting its reader alone see the writer's activation moved by
-``z (ā_w − a_w)``: one pass with every map's output held at its value gives what the reader would
+An edge is cut with strength z by letting its reader alone see the writer's coordinate moved by
+``z (c̄_w − c_w)``: one pass with every map's output held at its value gives what the reader would
 see, a second pass runs the model with only the reader's output changed accordingly. Norms are as
 the circuit took them: held at the scale of the run, or real. A node is cut by freezing it.
 """
@@ -18,23 +18,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.circuits.cut_graph import Hooks, editing_norms, scale_hooks
+from eigenlens.circuits.edges import moved
 from eigenlens.circuits.graph import Circuit
-from eigenlens.circuits.nodes import (
-    EMBED,
-    LOGITS,
-    Nodes,
-    directions,
-    make_nodes,
-    means_at,
-    score_rows,
-)
-from eigenlens.decomposition import decompose
+from eigenlens.circuits.nodes import EMBED, LOGITS, Node, make_nodes, score_rows
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import WeightMatrices, weight_matrices
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.scoring.scores import Scores
-from eigenlens.spectra import Spectra
 from eigenlens.tasks.batches import Batch, make_batches
 
 _COLUMNS = ["cut", "writer", "reader", "strength", "predicted", "measured"]
@@ -56,7 +47,8 @@ def cut_paths(
 
     Args:
         model: as it was when the circuit was traced.
-        scores: the scores that the circuit was traced with.
+        scores: the scores that the circuit was traced with. Directions of scores that were read
+            from a file are found again.
         data: the examples that it was traced on.
         circuit: what predicts.
         edges: how many of the strongest edges to cut, or rows of ``circuit.edges``. Edges out of
@@ -71,26 +63,30 @@ def cut_paths(
         the ``predicted`` (strength × effect) and ``measured`` mean change of the metric.
 
     Raises:
-        ValueError: a strength outside (0, 1]; a model in training mode.
+        ValueError: a strength outside (0, 1]; a model in training mode or with other weights.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} lies outside (0, 1].")
     check_eval_mode(model)
-    spectra = scores.spectra or decompose(model, progress=False)
-    found = make_nodes(spectra, circuit.nodes)
+    scores = scores.on(model)
+    found = make_nodes(scores.spectra_on(model), circuit.nodes)
     own = circuit.edges[circuit.edges["writer"] != EMBED]
     if isinstance(edges, int):
         order = np.argsort(-own["effect"].abs().to_numpy(), kind="stable")[:edges]
         chosen = own.iloc[order]
     else:
         chosen = edges[edges["writer"] != EMBED]
-    run = _Cutter(model, scores, spectra, found, metric, circuit.norm, strength)
+    known = {node.name: node for node in found}
+    members = {name: score_rows(scores, found.members_of(name)) for name in known}
+    maps = weight_matrices(model)
+    run = _Cutter(model, maps, scores, known, members, metric, circuit.norm, strength)
     batches = make_batches(data, model, batch_size)
     changes = sum(run.edges(batch, chosen) for batch in batches) if len(chosen) else np.zeros(0)
     cut = chosen.assign(cut="edge", measured=np.atleast_1d(changes))
     frozen = circuit.nodes.sort_values("effect", key=np.abs, ascending=False).head(nodes)
     frozen = frozen.rename(columns={"node": "writer"}).assign(cut="node", reader="all")
-    frozen["measured"] = [run.node(batches, node) for node in frozen["writer"]]
+    before = run.total(batches) if len(frozen) else 0.0
+    frozen["measured"] = [run.without(batches, node) - before for node in frozen["writer"]]
     table = pd.concat([cut, frozen], ignore_index=True).assign(strength=strength)
     table["predicted"] = strength * table["effect"]
     table["measured"] = table["measured"].astype(float) / len(data)
@@ -99,34 +95,34 @@ def cut_paths(
 
 @dataclass
 class _Cutter:
+    """Cuts nodes, by name, and edges between them; ``rows`` of the scores are their members."""
+
     model: TransformerBridge
+    maps: WeightMatrices
     scores: Scores
-    spectra: Spectra
-    nodes: Nodes
+    nodes: dict[str, Node]
+    rows: dict[str, np.ndarray]
     metric: Metric
     norm: str
     strength: float
 
-    def _members(self, node: str) -> pd.DataFrame:
-        number = int(np.flatnonzero(self.nodes.table["node"] == node)[0])
-        return self.nodes.members[self.nodes.members["number"] == number]
+    def total(self, batches: list[Batch]) -> float:
+        """Summed metric."""
+        return sum(self._metric(batch, []) for batch in batches)
 
-    def node(self, batches: list[Batch], node: str) -> float:
-        """Summed change of the metric when the node is frozen for all."""
-        rows = score_rows(self.scores, self._members(node))
-        frozen = FrozenSet.from_scores(self.scores, rows, self.strength)
-        before = sum(self._metric(batch, []) for batch in batches)
+    def without(self, batches: list[Batch], node: str) -> float:
+        """Summed metric when the node is frozen for all."""
+        frozen = FrozenSet.from_scores(self.scores, self.rows[node], self.strength)
         with freeze(self.model, frozen):
-            return sum(self._metric(batch, []) for batch in batches) - before
+            return self.total(batches)
 
     def edges(self, batch: Batch, edges: pd.DataFrame) -> np.ndarray:
         """Summed change of the metric for each edge when it alone is cut."""
-        maps = weight_matrices(self.model)
-        clean = _Clean.of(self.model, maps, batch)
+        clean = _Clean.of(self.model, self.maps, batch)
         before = self._metric(batch, [])
         changes = np.zeros(len(edges))
         for writer, group in edges.assign(place=range(len(edges))).groupby("writer"):
-            seen = self._seen(batch, clean, self._members(str(writer)))
+            seen = self._seen(batch, clean, str(writer))
             for reader, place in zip(group["reader"], group["place"], strict=True):
                 if reader == LOGITS:
                     after = self._value(seen.logits, batch)
@@ -135,30 +131,26 @@ class _Cutter:
                 changes[place] = after - before
         return changes
 
-    def _seen(self, batch: Batch, clean: "_Clean", members: pd.DataFrame) -> "_Clean":
+    def _seen(self, batch: Batch, clean: "_Clean", writer: str) -> "_Clean":
         """All inputs when one node is moved and every other map's output is held."""
-        own = directions(self.spectra, members)
-        name = members["map"].iloc[0]
-        rows = score_rows(self.scores, members)
-        known = FrozenSet.from_scores(self.scores, rows)
-        a = clean.inputs[name].flatten(2).to(own.reads) @ own.reads
-        move = means_at(known, batch.positions).to(a) - a
-        move = torch.where(batch.attention_mask[..., None], move, 0)
-        shift = self.strength * move @ own.writes
+        node = self.nodes[writer]
+        ends, name = node.ends(self.model), node.site.map_name
+        means = self.scores.means[self.rows[writer]]
+        move = moved(means, ends.coordinates(clean.inputs[name].flatten(2)), batch)
+        shift = self.strength * move @ ends.writes
         held = dict(clean.outputs)
         held[name] = held[name] + shift.to(held[name]).view_as(held[name])
         scales = clean.scales if self.norm == "frozen" else {}
-        return _Clean.of(self.model, weight_matrices(self.model), batch, held, scales)
+        return _Clean.of(self.model, self.maps, batch, held, scales)
 
     def _reread(self, clean: "_Clean", seen: "_Clean", reader: str) -> Hooks:
         """Hook that gives the reader's output what it reads of the moved input."""
-        members = self._members(reader)
-        own = directions(self.spectra, members)
-        name = members["map"].iloc[0]
-        change = (seen.inputs[name] - clean.inputs[name]).flatten(2).to(own.reads)
-        change = change @ own.reads @ own.writes
-        (matrix,) = (m for m in weight_matrices(self.model) if m.name == name)
-        return [(matrix.hook_out, lambda value, hook: value + change.to(value).view_as(value))]
+        node = self.nodes[reader]
+        ends, name = node.ends(self.model), node.site.map_name
+        change = (seen.inputs[name] - clean.inputs[name]).flatten(2).to(ends.reads)
+        change = change @ ends.reads @ ends.writes
+        hook = node.site.find(self.model).hook_out
+        return [(hook, lambda value, hook: value + change.to(value).view_as(value))]
 
     def _metric(self, batch: Batch, hooks: Hooks) -> float:
         with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):

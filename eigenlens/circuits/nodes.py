@@ -5,16 +5,15 @@ span. Such a degenerate block (:attr:`eigenlens.spectra.Spectrum.blocks`) is one
 said about it sums over its members and does not depend on the basis.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.freezing import FrozenSet, flat_directions
+from eigenlens.far_side import MapDirections, map_directions
+from eigenlens.matrices import MLP_KINDS, Site
 from eigenlens.scoring.scores import Scores
 from eigenlens.spectra import COMPONENT, Spectra, Spectrum
 
@@ -22,59 +21,67 @@ EMBED, LOGITS = "embed", "logits"
 
 
 @dataclass(frozen=True)
+class Node:
+    """A component, or a degenerate block.
+
+    Attributes:
+        name: as :func:`node_name` gives it.
+        spectrum: the decomposition that it is of.
+        head: where it lies.
+        index: of its members.
+    """
+
+    name: str
+    spectrum: Spectrum
+    head: int
+    index: np.ndarray
+
+    @property
+    def site(self) -> Site:
+        """The activation that it is a coordinate of."""
+        return self.spectrum.site
+
+    def ends(self, model: TransformerBridge) -> MapDirections:
+        """What its members read from their map's input and write to its output."""
+        return map_directions(model, self.spectrum, np.full_like(self.index, self.head), self.index)
+
+
+@dataclass(frozen=True)
 class Nodes:
     """Components of a circuit.
 
     Attributes:
+        spectra: the decomposition that they are of.
         table: one row per node: ``node`` (its name), ``layer, matrix, head, index`` (of its first
             member), ``size``, ``sigma`` (largest).
-        members: one row per component: ``layer, matrix, head, index``, the ``number`` of its node,
-            and ``map``, the name of its matrix.
+        members: one row per component: ``layer, matrix, head, index``, the ``number`` of its node.
     """
 
+    spectra: Spectra
     table: pd.DataFrame
     members: pd.DataFrame
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def on(self, matrix: str) -> np.ndarray:
-        """Rows of :attr:`members` that belong to the map ``matrix``."""
-        return np.flatnonzero(self.members["map"] == matrix)
+    def __iter__(self) -> Iterator[Node]:
+        for name, layer, kind, head, first, size, _ in self.table.itertuples(index=False):
+            spectrum = self.spectra[f"blocks.{layer}.{kind}"]
+            yield Node(name, spectrum, head, np.arange(first, first + size))
 
-    @property
-    def maps(self) -> list[str]:
-        """Names of the maps that have a node, in the order of their first node."""
-        return list(dict.fromkeys(self.members["map"]))
+    def by_spectrum(self) -> Iterator[tuple[Spectrum, np.ndarray]]:
+        """Every decomposition that has a node, and the rows of :attr:`members` in it."""
+        for name, rows in by_matrix(self.members).items():
+            yield self.spectra[name], rows
 
-
-@dataclass(frozen=True)
-class Directions:
-    """What chosen components of one map read and write.
-
-    Attributes:
-        reads: ``σ_i u_i`` as columns, in the input space of all heads side by side.
-        writes: ``v_i`` as rows, in the output space of all heads side by side.
-    """
-
-    reads: Float[Tensor, "all_in k"]
-    writes: Float[Tensor, "k all_out"]
-
-
-def directions(spectra: Spectra, members: pd.DataFrame) -> Directions:
-    """Directions of components that all lie in one map.
-
-    Args:
-        spectra: the decomposition.
-        members: rows of :attr:`Nodes.members`.
-    """
-    spectrum = spectra[members["map"].iloc[0]]
-    head, index = members["head"].to_numpy(), members["index"].to_numpy()
-    return Directions(*flat_directions(spectrum, head, index))
+    def members_of(self, node: str) -> pd.DataFrame:
+        """Rows of :attr:`members` that the node of this name holds."""
+        number = np.flatnonzero(self.table["node"] == node)[0]
+        return self.members[self.members["number"] == number]
 
 
 def make_nodes(spectra: Spectra, components: pd.DataFrame) -> Nodes:
-    """Nodes that hold these components, degenerate blocks whole.
+    """Nodes that hold these components, degenerate blocks whole, in the order of the model.
 
     Args:
         spectra: the decomposition.
@@ -86,65 +93,59 @@ def make_nodes(spectra: Spectra, components: pd.DataFrame) -> Nodes:
     missing = [name for name in COMPONENT if name not in components]
     if missing:
         raise ValueError(f"Components need the columns {', '.join(COMPONENT)}; {missing} lack.")
-    order = {name: place for place, name in enumerate(spectra)}
-    blocks = set()
-    for layer, kind, head, index in components[COMPONENT].itertuples(index=False):
-        spectrum = spectrum_of(spectra, int(layer), str(kind))
-        _check_place(spectrum, int(head), int(index))
-        block = int(spectrum.blocks[int(head), int(index)])
-        blocks.add((order[spectrum.matrix.name], spectrum.matrix.name, int(head), block))
-    rows, members = [], []
-    for number, (_, name, head, block) in enumerate(sorted(blocks)):
-        spectrum = spectra[name]
-        inside = (spectrum.blocks[head] == block).nonzero()[:, 0].tolist()
-        place = {"layer": spectrum.matrix.layer, "matrix": spectrum.matrix.kind, "head": head}
-        rows.append(
-            {
-                "node": node_name(spectrum, head, inside),
-                **place,
-                "index": inside[0],
-                "size": len(inside),
-                "sigma": float(spectrum.sigma[head, inside[0]]),
-            }
+    known = spectra.to_pandas()
+    rows = _rows(known, components)
+    for place in np.flatnonzero(rows < 0)[:1]:
+        raise _unknown(spectra, *components[COMPONENT].iloc[place])
+    block = known.groupby([*COMPONENT[:3], "block"], sort=False).ngroup().to_numpy()
+    members = known[np.isin(block, block[rows])]
+    number = np.unique(block[members.index], return_inverse=True)[1]
+    members = members.assign(number=number).reset_index(drop=True)
+    table = members.drop_duplicates("number", ignore_index=True)
+    names = [
+        node_name(spectra[f"blocks.{layer}.{kind}"].site, head, first, size)
+        for layer, kind, head, first, size in table[[*COMPONENT, "block_size"]].itertuples(
+            index=False
         )
-        members += [{**place, "index": i, "number": number, "map": name} for i in inside]
-    columns = ["node", *COMPONENT, "size", "sigma"]
+    ]
+    table = table.assign(node=names, size=table["block_size"])
     return Nodes(
-        pd.DataFrame(rows, columns=columns),
-        pd.DataFrame(members, columns=[*COMPONENT, "number", "map"]),
+        spectra, table[["node", *COMPONENT, "size", "sigma"]], members[[*COMPONENT, "number"]]
     )
 
 
-def spectrum_of(spectra: Spectra, layer: int, kind: str) -> Spectrum:
-    """The decomposition of one map.
+def by_matrix(components: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Rows of the components of each matrix, by its name."""
+    names = "blocks." + components["layer"].astype(str) + "." + components["matrix"].astype(str)
+    groups = components.groupby(names.to_numpy(), sort=False).indices
+    return {str(name): np.asarray(rows) for name, rows in groups.items()}
 
-    Raises:
-        ValueError: it is not among ``spectra``.
-    """
+
+def _rows(known: pd.DataFrame, components: pd.DataFrame) -> np.ndarray:
+    """Row of each component in a table, −1 where it is not there."""
+    index = pd.MultiIndex.from_frame(known[COMPONENT])
+    return index.get_indexer(pd.MultiIndex.from_frame(components[COMPONENT]))
+
+
+def _unknown(spectra: Spectra, layer: int, kind: str, head: int, index: int) -> ValueError:
     name = f"blocks.{layer}.{kind}"
     if name not in spectra:
-        raise ValueError(
+        return ValueError(
             f"{name} is not decomposed; there are {', '.join(list(spectra)[:4])}, … "
             "Call decompose with this matrix and layer."
         )
-    return spectra[name]
+    heads, rank = spectra[name].sigma.shape
+    return ValueError(
+        f"{name} has heads 0 to {heads - 1} and indices 0 to {rank - 1}; "
+        f"there is no head {head}, index {index}."
+    )
 
 
-def _check_place(spectrum: Spectrum, head: int, index: int) -> None:
-    heads, rank = spectrum.sigma.shape
-    if not (0 <= head < heads and 0 <= index < rank):
-        raise ValueError(
-            f"{spectrum.matrix.name} has heads 0 to {heads - 1} and indices 0 to {rank - 1}; "
-            f"there is no head {head}, index {index}."
-        )
-
-
-def node_name(spectrum: Spectrum, head: int, indices: Iterable[int]) -> str:
+def node_name(site: Site, head: int, first: int, size: int = 1) -> str:
     """``L1.W_O[2,13]``: layer, matrix, head and index; MLP maps have no head."""
-    inside = list(indices)
-    index = f"{inside[0]}" if len(inside) == 1 else f"{inside[0]}–{inside[-1]}"
-    place = f"{head},{index}" if spectrum.matrix.head_axis else index
-    return f"L{spectrum.matrix.layer}.{spectrum.matrix.kind}[{place}]"
+    index = f"{first}" if size == 1 else f"{first}–{first + size - 1}"
+    place = index if site.kind in MLP_KINDS else f"{head},{index}"
+    return f"L{site.layer}.{site.kind}[{place}]"
 
 
 def short_name(matrix: str) -> str:
@@ -158,25 +159,8 @@ def score_rows(scores: Scores, components: pd.DataFrame) -> np.ndarray:
     Raises:
         ValueError: one that was not scored.
     """
-    known = pd.MultiIndex.from_frame(scores.components[COMPONENT])
-    rows = known.get_indexer(pd.MultiIndex.from_frame(components[COMPONENT]))
-    if (rows < 0).any():
-        lacking = components[COMPONENT].iloc[int(np.flatnonzero(rows < 0)[0])].to_dict()
+    rows = _rows(scores.components, components)
+    for place in np.flatnonzero(rows < 0)[:1]:
+        lacking = components[COMPONENT].iloc[place].to_dict()
         raise ValueError(f"The scores do not hold the component {lacking}.")
     return rows
-
-
-def means_at(known: FrozenSet, positions: range) -> Float[Tensor, "pos component"]:
-    """Mean activations that freezing puts in place at these positions.
-
-    As in freezing: a position that calibration never saw has the mean over positions.
-    """
-    rows = np.array(positions) - known.positions.start
-    if known.bucketed:  # the first column is for all positions before it, too
-        rows = rows.clip(min=0)
-    inside = (rows >= 0) & (rows < len(known.positions))
-    rows = np.where(inside, rows, 0)
-    seen = inside & (known.count[rows] > 0)
-    return torch.tensor(
-        np.where(seen[:, None], known.mean_activation[:, rows].T, known.fallback[None])
-    )

@@ -1,14 +1,15 @@
 """What a component reads and writes, in tokens and in other components.
 
-Reading: the cosine of ``u_i`` with every token's embedding behind the norm (position embeddings
-left out). Writing: ``v_i`` through the final norm's weight and the unembedding, in logits per unit
-of the component's activation at scale one, over the mean of all tokens. ``W_Q`` and ``W_K`` write
-no tokens: they give pairs (query token, key token) whose attention score they raise or lower,
-rotary turns and norms of queries and keys left out.
+Reading: the cosine of what the component's coordinate is of its map's input with every token's
+embedding behind the norm (position embeddings left out). Writing: the direction that the coordinate
+adds to, through the final norm's weight and the unembedding, in logits per unit written at scale
+one, over the mean of all tokens. ``W_Q``, ``W_K`` and ``QK`` write no tokens: they give pairs
+(query token, key token) whose attention score they raise or lower, rotary turns and norms of
+queries and keys left out.
 
-Signs: the tokens with positive scores drive the activation up, and those ``promoted`` get higher
-logits when it is positive; when it is negative everything turns round. A degenerate block has no
-signs: its scores are lengths, and nothing is suppressed.
+Signs: the tokens with positive scores drive the coordinate up, and those ``promoted`` get higher
+logits when it is up; when it is down everything turns round. A degenerate block has no signs: its
+scores are lengths, and nothing is suppressed.
 """
 
 import html
@@ -18,26 +19,26 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.circuits.composition import comes_after, inside
-from eigenlens.circuits.nodes import Nodes, make_nodes, node_name, spectrum_of
+from eigenlens.circuits.composition import reads_from
+from eigenlens.circuits.nodes import Node, Nodes, make_nodes
 from eigenlens.circuits.norms import final_gain, gain_before
 from eigenlens.circuits.residual import (
-    own_rows,
-    query_heads,
+    Rows,
+    at_norm_one,
+    head_rows,
+    map_of,
     read_rows,
-    seen_by,
-    unit,
+    weight_of,
     write_rows,
 )
+from eigenlens.far_side import unit
 from eigenlens.files import FileFormatError, load_record, save_record
-from eigenlens.matrices import WeightMatrix, weight_matrices
 from eigenlens.provenance import Provenance
-from eigenlens.spectra import Spectra, Spectrum
+from eigenlens.spectra import Spectra
 
 _TABLES = ("reads", "reads_from", "writes", "pairs")
 
@@ -48,12 +49,13 @@ class Readout:
 
     Attributes:
         node: its name.
-        reads: ``token, score``: cosine with the embedding; the highest, then the lowest.
-        reads_from: ``writer, score``: cosine with earlier write directions, largest first.
-        writes: ``token, through, score``: logits per unit of activation; the most promoted, then
-            the most suppressed; ``through`` is the query head of ``W_O`` that a ``W_V`` passes.
-        pairs: ``query, key, through, score`` for ``W_Q`` and ``W_K``: attention score per unit
-            embeddings, before the division by ``√d_head``.
+        reads: ``token, side, score``: cosine with the embedding; the highest, then the lowest.
+            ``side`` is ``query`` or ``key`` where a ``QK`` reads, and else empty.
+        reads_from: ``writer, side, score``: cosine with earlier write directions, largest first.
+        writes: ``token, through, score``: logits per unit written; the most promoted, then the most
+            suppressed; ``through`` is the query head of ``W_O`` that a ``W_V`` passes.
+        pairs: ``query, key, through, score`` for ``W_Q``, ``W_K`` and ``QK``: attention score per
+            unit embeddings, before the division by ``√d_head``.
         provenance: model and versions.
     """
 
@@ -94,6 +96,7 @@ class Readout:
             raise FileFormatError(f"{path} lacks {error}.") from error
 
 
+@torch.no_grad()
 def readout(
     model: TransformerBridge,
     spectra: Spectra,
@@ -108,66 +111,61 @@ def readout(
 
     Args:
         model: gives embeddings, norms and the maps in between.
-        spectra: its decomposition.
+        spectra: its decomposition, or that of another object with the same weights.
         layer, matrix, head, index: the component; head 0 for MLP maps. In a degenerate block, the
             whole block is described.
         top: rows of each kind.
 
     Raises:
-        ValueError: no such component.
+        ValueError: no such component; ``top`` below 1; spectra of other weights.
     """
+    if top < 1:
+        raise ValueError(f"top={top}: ask for one row at least.")
+    spectra = spectra.on(model)
     place = {"layer": layer, "matrix": matrix, "head": head, "index": index}
-    nodes = make_nodes(spectra, pd.DataFrame([place]))
-    spectrum = spectrum_of(spectra, layer, matrix)
-    indices = nodes.members["index"].tolist()
-    scores = _read_scores(model, spectrum, head, indices)
-    written = {
-        h: _token_logits(model, rows)
-        for h, rows in write_rows(model, spectrum, head, indices).items()
-    }
+    (node,) = make_nodes(spectra, pd.DataFrame([place]))
+    tokens = _Tokens(model)
+    read = tokens.reads(node)
+    written = {h: tokens.logits(rows) for h, rows in write_rows(model, node).items()}
     return Readout(
-        node=nodes.table["node"].iloc[0],
-        reads=_ends(model, scores, top),
-        reads_from=_reads_from(model, spectra, spectrum, head, indices).head(top),
+        node=node.name,
+        reads=_concat(
+            [tokens.ends(scores, top).assign(side=side) for side, scores in read.items()],
+            ["token", "side", "score"],
+        ),
+        reads_from=reads_from(model, spectra, node, top),
         writes=_concat(
-            [_ends(model, s, top).assign(through=h) for h, s in written.items()],
+            [tokens.ends(scores, top).assign(through=h) for h, scores in written.items()],
             ["token", "through", "score"],
         ),
-        pairs=_pairs(model, spectrum, head, indices, top),
+        pairs=tokens.pairs(node, top),
         provenance=Provenance.of(model),
     )
 
 
-def token_summary(model: TransformerBridge, spectra: Spectra, nodes: Nodes) -> pd.DataFrame:
+@torch.no_grad()
+def token_summary(model: TransformerBridge, nodes: Nodes, top: int = 4) -> pd.DataFrame:
     """Top tokens of each node as text: columns ``reads, promotes, suppresses``.
 
-    For ``W_Q`` and ``W_K``, ``promotes`` and ``suppresses`` hold pairs ``query→key``; of several
-    query heads that a ``W_V`` feeds, the one that passes on most speaks.
+    For ``W_Q``, ``W_K`` and ``QK``, ``promotes`` and ``suppresses`` hold pairs ``query→key``, and
+    ``reads`` of ``QK`` is the side of the query; of several query heads that a ``W_V`` feeds, the
+    one that passes on most speaks.
     """
-    rows = []
-    for number in range(len(nodes)):
-        own = nodes.members[nodes.members["number"] == number]
-        spectrum, head = spectra[own["map"].iloc[0]], int(own["head"].iloc[0])
-        rows.append(_one_summary(model, spectrum, head, own["index"].tolist()))
+    tokens = _Tokens(model)
+    rows = [_one_summary(tokens, node, top) for node in nodes]
     return pd.DataFrame(rows, columns=["reads", "promotes", "suppresses"])
 
 
-def _one_summary(
-    model: TransformerBridge, spectrum: Spectrum, head: int, indices: list[int], top: int = 4
-) -> dict[str, str]:
-    reads = _ends(model, _read_scores(model, spectrum, head, indices), top)
-    written = write_rows(model, spectrum, head, indices)
+def _one_summary(tokens: "_Tokens", node: Node, top: int) -> tuple[str, str, str]:
+    reads = tokens.ends(next(iter(tokens.reads(node).values())), top)
+    written = list(write_rows(tokens.model, node).values())
     if written:
-        through = max(written, key=lambda h: float(written[h].norm()))
-        table = _ends(model, _token_logits(model, written[through]), top)
+        through = int(torch.stack([rows.norm() for rows in written]).argmax())
+        table = tokens.ends(tokens.logits(written[through]), top)
     else:
-        pairs = _pairs(model, spectrum, head, indices, top)
+        pairs = tokens.pairs(node, top)
         table = pairs.assign(token=pairs["query"] + "→" + pairs["key"])
-    return {
-        "reads": _joined(reads, 1),
-        "promotes": _joined(table, 1),
-        "suppresses": _joined(table, -1),
-    }
+    return _joined(reads, 1), _joined(table, 1), _joined(table, -1)
 
 
 def _joined(table: pd.DataFrame, sign: int) -> str:
@@ -180,149 +178,93 @@ def _concat(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[columns]
 
 
+class _Tokens:
+    """Scores of all tokens; keeps the embeddings behind the norm that was used last."""
+
+    def __init__(self, model: TransformerBridge) -> None:
+        self.model = model
+        self._norm: tuple[int, bool] | None = None
+        self._embeddings: Float[Tensor, "token d_model"] | None = None
+
+    def embeddings(self, node: Node, like: Tensor) -> Float[Tensor, "token d_model"]:
+        """Token embeddings at length one behind the norm before a node's map."""
+        matrix = node.site.find(self.model)
+        norm = (matrix.layer, matrix.head_axis is None)
+        if norm != self._norm or self._embeddings is None:
+            embedding = self.model.W_E.detach().to(like)
+            self._norm, self._embeddings = norm, unit(gain_before(self.model, matrix)(embedding))
+        return self._embeddings.to(like)
+
+    def reads(self, node: Node) -> dict[str, Float[Tensor, " token"]]:
+        """Cosine of what the node reads with every token, by side."""
+        return {
+            side: _lengths(at_norm_one(rows) @ self.embeddings(node, rows).T)
+            for side, rows in read_rows(self.model, node).items()
+        }
+
+    def logits(self, rows: Rows) -> Float[Tensor, " token"]:
+        """Logits of what is written to the residual stream, over the mean of all tokens."""
+        logits = final_gain(self.model)(rows) @ self.model.W_U.detach().to(rows)
+        return _lengths(logits - logits.mean(-1, keepdim=True))
+
+    def ends(self, scores: Float[Tensor, " token"], top: int) -> pd.DataFrame:
+        """The highest and, where there are signs, the lowest scores, with their tokens."""
+        values = scores.double().cpu().numpy()
+        order = np.argsort(-values, kind="stable")
+        last = order[top:][-top:]
+        chosen = np.concatenate([order[:top], last[values[last] < 0]])
+        return pd.DataFrame({"token": self._texts(chosen), "score": values[chosen]})
+
+    def pairs(self, node: Node, top: int) -> pd.DataFrame:
+        """Pairs of tokens with the highest and lowest share of the attention score."""
+        columns = ["query", "key", "through", "score"]
+        if node.site.matrix not in ("W_Q", "W_K"):
+            return pd.DataFrame(columns=columns)
+        is_query = node.site.matrix == "W_Q"
+        other = map_of(self.model, node.site.layer, "W_K" if is_query else "W_Q")
+        reads, writes = head_rows(self.model, node)
+        tokens = self.embeddings(node, reads)
+        own, parts = tokens @ reads.T, []
+        # One key head serves as many query heads as there are more of them.
+        each = max(1, other.n_heads // node.site.n_heads)
+        for q in range(node.head * each, (node.head + 1) * each):
+            partner = q * other.n_heads // self.model.cfg.n_heads
+            across = tokens @ (weight_of(other, writes)[partner] @ writes.T)
+            query, key = (own, across) if is_query else (across, own)
+            parts.append(self._best_pairs(query, key, top).assign(through=q))
+        return _concat(parts, columns)
+
+    def _best_pairs(
+        self, query: Float[Tensor, "token n"], key: Float[Tensor, "token n"], top: int
+    ) -> pd.DataFrame:
+        """Top entries of ``query keyᵀ``, exact for one component.
+
+        The largest products of two lists are among the ends of each list, so only those are
+        multiplied out; for a block the ends of every member.
+        """
+        rows, columns = _both_ends(query, top), _both_ends(key, top)
+        products = (query[rows] @ key[columns].T).double().cpu().numpy().flatten()
+        order = np.argsort(-products, kind="stable")
+        first, last = order[:top], order[-top:]
+        chosen = np.concatenate([first[products[first] > 0], last[products[last] < 0]])
+        at_row, at_column = np.divmod(chosen, len(columns))
+        return pd.DataFrame(
+            {
+                "query": self._texts(rows[at_row]),
+                "key": self._texts(columns[at_column]),
+                "score": products[chosen],
+            }
+        )
+
+    def _texts(self, tokens: np.ndarray) -> list[str]:
+        return [str(self.model.tokenizer.decode([t])) or f"#{t}" for t in tokens.tolist()]
+
+
 def _lengths(scores: Float[Tensor, "n token"]) -> Float[Tensor, " token"]:
     """Scores of a block as lengths; of a single component as they are."""
     return scores[0] if len(scores) == 1 else scores.norm(dim=0)
 
 
-def _embeddings(model: TransformerBridge, matrix: WeightMatrix) -> Float[Tensor, "token d_model"]:
-    """Token embeddings at unit length behind the norm before ``matrix``."""
-    rows = seen_by(model, matrix, model.W_E.detach())
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-
-
-def _read_scores(
-    model: TransformerBridge, spectrum: Spectrum, head: int, indices: list[int]
-) -> Float[Tensor, " token"]:
-    rows = unit(read_rows(model, spectrum, head, indices))
-    return _lengths(rows @ _embeddings(model, spectrum.matrix).to(rows).T)
-
-
-def _token_logits(
-    model: TransformerBridge, rows: Float[Tensor, "n d_model"]
-) -> Float[Tensor, " token"]:
-    logits = final_gain(model)(rows) @ model.W_U.detach().to(rows)
-    return _lengths(logits - logits.mean(-1, keepdim=True))
-
-
-def _ends(model: TransformerBridge, scores: Float[Tensor, " token"], top: int) -> pd.DataFrame:
-    """The highest and, where there are signs, the lowest scores, with their tokens."""
-    order = scores.argsort(descending=True).tolist()
-    chosen = order[:top] + [token for token in order[-top:] if scores[token] < 0]
-    chosen = list(dict.fromkeys(chosen))
-    table = {"token": [_text(model, t) for t in chosen], "score": scores[chosen].tolist()}
-    return pd.DataFrame(table)
-
-
-def _text(model: TransformerBridge, token: int) -> str:
-    return str(model.tokenizer.decode([token])) or f"#{token}"
-
-
-def _reads_from(
-    model: TransformerBridge, spectra: Spectra, spectrum: Spectrum, head: int, indices: list[int]
-) -> pd.DataFrame:
-    """Cosine of what a node reads with all earlier write directions."""
-    u, _ = own_rows(spectrum, head, indices)
-    read = unit(u)
-    found: list[tuple[str, float]] = []
-    for writer in spectra.values():
-        for h in range(writer.matrix.n_heads):
-            if inside(model, writer.matrix, h, spectrum.matrix, head):
-                written = {head: writer.vh[h]}
-            elif comes_after(model, writer.matrix, spectrum.matrix):
-                everything = list(range(writer.matrix.rank))
-                rows = write_rows(model, writer, h, everything)
-                written = {q: seen_by(model, spectrum.matrix, r) for q, r in rows.items()}
-            else:
-                continue
-            for through in written.values():
-                found += _block_cosines(writer, h, through, read)
-    table = pd.DataFrame(found, columns=["writer", "score"])
-    return table.sort_values("score", key=abs, ascending=False, ignore_index=True)
-
-
-def _block_cosines(
-    writer: Spectrum, head: int, rows: Float[Tensor, "rank width"], read: Tensor
-) -> list[tuple[str, float]]:
-    tiny = torch.finfo(rows.dtype).tiny
-    single = (rows / rows.norm(dim=-1, keepdim=True).clamp_min(tiny)) @ read.T
-    blocks = writer.blocks[head]
-    found = []
-    for block in blocks.unique().tolist():
-        own = (blocks == block).nonzero()[:, 0]
-        if len(own) == 1 and len(read) == 1:
-            score = float(single[own[0], 0])
-        else:
-            score = float(torch.linalg.matrix_norm(unit(rows[own]) @ read.T, 2))
-        found.append((node_name(writer, head, own.tolist()), score))
-    return found
-
-
-def _pairs(
-    model: TransformerBridge, spectrum: Spectrum, head: int, indices: list[int], top: int
-) -> pd.DataFrame:
-    """Pairs of tokens with the highest and lowest share of the attention score."""
-    columns = ["query", "key", "through", "score"]
-    kind = spectrum.matrix.kind
-    if kind not in ("W_Q", "W_K"):
-        return pd.DataFrame(columns=columns)
-    return _concat(
-        [
-            _head_pairs(model, spectrum, head, indices, q, top).assign(through=q)
-            for q in query_heads(model, spectrum.matrix, head)
-        ],
-        columns,
-    )
-
-
-def _head_pairs(
-    model: TransformerBridge,
-    spectrum: Spectrum,
-    head: int,
-    indices: list[int],
-    query_head: int,
-    top: int,
-) -> pd.DataFrame:
-    own_is_query = spectrum.matrix.kind == "W_Q"
-    (other,) = weight_matrices(model, ["W_K" if own_is_query else "W_Q"], [spectrum.matrix.layer])
-    partner = query_head // (model.cfg.n_heads // other.n_heads)
-    u, v = own_rows(spectrum, head, indices)
-    tokens = gain_before(model, spectrum.matrix)(model.W_E.detach()).to(u)
-    tokens = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
-    own = (tokens @ u.T) * spectrum.sigma[head, indices]
-    across = tokens @ (other.weight[partner].to(u) @ v.T)
-    query, key = (own, across) if own_is_query else (across, own)
-    return _best_pairs(model, query, key, top)
-
-
-def _best_pairs(
-    model: TransformerBridge,
-    query: Float[Tensor, "token n"],
-    key: Float[Tensor, "token n"],
-    top: int,
-) -> pd.DataFrame:
-    """Top entries of ``query keyᵀ``, exact for one component.
-
-    The largest products of two lists are among the ends of each list, so only those are multiplied
-    out; for a block the ends of every member.
-    """
-    rows, columns = _both_ends(query, top), _both_ends(key, top)
-    products = query[rows] @ key[columns].T
-    flat = rearrange(products, "query key -> (query key)")
-    order = flat.argsort(descending=True).tolist()
-    chosen = list(dict.fromkeys([i for i in order[:top] if flat[i] > 0]))
-    chosen += [i for i in order[-top:] if flat[i] < 0]
-    at = [divmod(i, len(columns)) for i in chosen]
-    return pd.DataFrame(
-        {
-            "query": [_text(model, int(rows[i])) for i, _ in at],
-            "key": [_text(model, int(columns[j])) for _, j in at],
-            "score": flat[chosen].tolist(),
-        }
-    )
-
-
 def _both_ends(scores: Float[Tensor, "token n"], top: int) -> np.ndarray:
     order = scores.argsort(dim=0)
-    ends = torch.cat([order[:top], order[-top:]])
-    return np.unique(ends.cpu().numpy())
+    return np.unique(torch.cat([order[:top], order[-top:]]).cpu().numpy())

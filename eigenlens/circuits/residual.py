@@ -1,85 +1,111 @@
 """What a node reads from the residual stream and writes to it, as rows of ``[d_model]``.
 
 A map that does not touch the stream is followed to the one that does, by weights alone: ``W_V``
-writes through ``W_O`` of the query heads that it feeds, ``W_O`` reads through ``W_V`` of its head,
-``W_in`` and ``W_gate`` write through ``W_out``, and ``W_out`` reads through ``W_in``. Attention
-patterns count as given, and derivatives of activation functions as one.
+writes through ``W_O`` of the query heads that it feeds, ``W_O`` and ``OV`` read through ``W_V`` of
+their head, ``W_in`` and ``W_gate`` write through ``W_out``, and ``W_out`` reads through ``W_in``.
+Attention patterns count as given, and derivatives of activation functions as one. ``QK`` reads the
+stream twice: what its coordinate is of the query's, and through ``W_K`` what it is multiplied with
+of the key's.
 """
 
+import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.circuits.norms import gain_after, gain_before
+from eigenlens.circuits.nodes import Node
+from eigenlens.circuits.norms import gain_after
+from eigenlens.far_side import unit
 from eigenlens.matrices import WeightMatrix, weight_matrices
-from eigenlens.spectra import Spectrum
 
-Rows = Float[Tensor, "n d_model"]
-READERS = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
+Rows = Float[Tensor, "n width"]
 WRITERS = ("W_O", "W_out")
 
 
-def own_rows(
-    spectrum: Spectrum, head: int, indices: list[int]
-) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-    """``u_i`` and ``v_i`` of a node as rows, in the spaces of its own map."""
-    return spectrum.u[head][:, indices].T, spectrum.vh[head][indices]
+def head_rows(model: TransformerBridge, node: Node) -> tuple[Rows, Rows]:
+    """What a node reads and writes, in the spaces of its own map and head: ``E_i = r_i w_i``."""
+    matrix, ends = node.site.find(model), node.ends(model)
+    reads, writes = ends.reads.T, ends.writes
+    if matrix.head_axis == "in":
+        reads = rearrange(reads, "n (head width) -> head n width", head=matrix.n_heads)[node.head]
+    if matrix.head_axis == "out":
+        writes = rearrange(writes, "n (head width) -> head n width", head=matrix.n_heads)[node.head]
+    return reads, writes
 
 
-def query_heads(model: TransformerBridge, matrix: WeightMatrix, head: int) -> list[int]:
-    """Query heads that a (key/value) head of ``matrix`` serves."""
-    group = model.cfg.n_heads // matrix.n_heads
-    return list(range(head * group, (head + 1) * group))
+def own_rows(model: TransformerBridge, node: Node) -> tuple[Rows, Rows]:
+    """The same at length one: ``u_i`` and ``v_i`` in the singular basis."""
+    reads, writes = head_rows(model, node)
+    return unit(reads), unit(writes)
 
 
-def read_rows(model: TransformerBridge, spectrum: Spectrum, head: int, indices: list[int]) -> Rows:
-    """Directions that a node reads, in the space after the norm before it."""
-    matrix = spectrum.matrix
-    u, _ = own_rows(spectrum, head, indices)
-    if matrix.kind == "W_O":
-        values = _map(model, matrix.layer, "W_V")
-        own = head // (matrix.n_heads // values.n_heads)
-        return u @ values.weight[own].T.to(u)
-    if matrix.kind == "W_out":
-        return u @ _map(model, matrix.layer, "W_in").weight[0].T.to(u)
-    return u
+def read_rows(model: TransformerBridge, node: Node) -> dict[str, Rows]:
+    """Directions that a node reads behind the norm before it: ``query`` and ``key`` of ``QK``.
+
+    Of the others there is one set, under an empty name.
+    """
+    site = node.site
+    u, v = own_rows(model, node)
+    if site.matrix == "W_O":
+        values = map_of(model, site.layer, "W_V")
+        return {"": u @ weight_of(values, u)[node.head * values.n_heads // site.n_heads].mT}
+    if site.kind == "W_out":
+        return {"": u @ weight_of(map_of(model, site.layer, "W_in"), u)[0].mT}
+    if site.kind == "QK":
+        keys = map_of(model, site.layer, "W_K")
+        key = weight_of(keys, v)[node.head * keys.n_heads // site.n_heads]
+        return {"query": u, "key": v @ key.mT}
+    return {"": u}
 
 
-def write_rows(
-    model: TransformerBridge, spectrum: Spectrum, head: int, indices: list[int]
-) -> dict[int, Rows]:
+def write_rows(model: TransformerBridge, node: Node) -> dict[int, Rows]:
     """Directions that a node adds to the residual stream, by query head.
 
-    ``W_Q`` and ``W_K`` move attention and write nothing by themselves: empty.
+    ``W_Q``, ``W_K`` and ``QK`` move attention and write nothing by themselves: empty.
     """
-    matrix = spectrum.matrix
-    _, v = own_rows(spectrum, head, indices)
+    _, v = own_rows(model, node)
+    through, rows = stream_writes(model, node.site.find(model), v[None], np.array([node.head]))
+    return dict(zip(through.tolist(), rows, strict=True))
+
+
+def stream_writes(
+    model: TransformerBridge,
+    matrix: WeightMatrix,
+    v: Float[Tensor, "head n d_out"],
+    heads: np.ndarray,
+) -> tuple[np.ndarray, Float[Tensor, "through n d_model"]]:
+    """What directions of a map's output in these heads add to the residual stream.
+
+    Returns:
+        The query heads that they pass, those of the first head first, and the rows.
+    """
     if matrix.kind in WRITERS:
-        return {head: gain_after(model, matrix)(v)}
+        return heads, gain_after(model, matrix)(v)
     if matrix.kind == "W_V":
-        out = _map(model, matrix.layer, "W_O")
-        after, served = gain_after(model, out), query_heads(model, matrix, head)
-        return {h: after(v @ out.weight[h].to(v)) for h in served}
-    if matrix.kind in ("W_in", "W_gate"):
-        out = _map(model, matrix.layer, "W_out")
-        return {0: gain_after(model, out)(v @ out.weight[0].to(v))}
-    return {}
+        out = map_of(model, matrix.layer, "W_O")
+        each = out.n_heads // matrix.n_heads
+        heads = (heads[:, None] * each + np.arange(each)).flatten()
+        v = v.repeat_interleave(each, dim=0)
+    elif matrix.kind in ("W_in", "W_gate"):
+        out = map_of(model, matrix.layer, "W_out")
+    else:
+        return heads[:0], v[:0]
+    return heads, gain_after(model, out)(v @ weight_of(out, v)[heads])
 
 
-def seen_by(model: TransformerBridge, matrix: WeightMatrix, rows: Rows) -> Rows:
-    """Residual directions as the norm before ``matrix`` passes them on."""
-    reader = matrix
-    if matrix.kind in WRITERS:
-        reader = _map(model, matrix.layer, "W_V" if matrix.kind == "W_O" else "W_in")
-    return gain_before(model, reader)(rows)
-
-
-def unit(rows: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
+def at_norm_one(rows: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
     """Rows at spectral norm one; a single row at length one. Zero stays zero."""
     largest = torch.linalg.matrix_norm(rows, 2)
     return rows / largest.clamp_min(torch.finfo(rows.dtype).tiny)
 
 
-def _map(model: TransformerBridge, layer: int, kind: str) -> WeightMatrix:
+def map_of(model: TransformerBridge, layer: int, kind: str) -> WeightMatrix:
+    """One map of the model."""
     return weight_matrices(model, [kind], [layer])[0]
+
+
+def weight_of(matrix: WeightMatrix, like: Tensor) -> Float[Tensor, "head d_in d_out"]:
+    """Its weight as numbers of the type, and at the place, of ``like``."""
+    return matrix.weight.detach().to(like)

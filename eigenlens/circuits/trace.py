@@ -10,16 +10,22 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.circuits.cut_graph import Norm
 from eigenlens.circuits.edges import ANSWER_TARGETS, EdgeSums, sum_edges
 from eigenlens.circuits.graph import Circuit
-from eigenlens.circuits.nodes import EMBED, LOGITS, Nodes, make_nodes, score_rows, short_name
+from eigenlens.circuits.nodes import (
+    EMBED,
+    LOGITS,
+    Nodes,
+    make_nodes,
+    score_rows,
+    short_name,
+)
 from eigenlens.circuits.readout import token_summary
 from eigenlens.circuits.upstream import feeding
-from eigenlens.decomposition import decompose
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import weight_matrices
 from eigenlens.metrics import Metric, answer_loss, check_eval_mode
 from eigenlens.provenance import Provenance, text_hash
 from eigenlens.scoring.scores import Scores
-from eigenlens.spectra import COMPONENT, Spectra
+from eigenlens.spectra import COMPONENT
 from eigenlens.tasks.batches import make_batches
 
 
@@ -43,7 +49,8 @@ def circuit(
 
     Args:
         model: the model that was scored, in eval mode.
-        scores: give mean activations, and which components are strong.
+        scores: give mean coordinates, and which components are strong. Directions of scores that
+            were read from a file are found again.
         data: examples that effects are means over.
         frozen: components to mark as pruned; all are nodes.
         upstream: also this many of the strongest writers to each frozen component,
@@ -60,22 +67,24 @@ def circuit(
 
     Raises:
         ValueError: no or too many components, or some that were not scored; an unknown ``norm``; a
-            ``depth`` below 1; a model in training mode or with other weights; a data set that is
-            empty or does not fit.
+            ``depth`` below 1; a model in training mode or with other weights; ``frozen`` of another
+            basis; a data set that is empty or does not fit.
     """
     if norm not in ("frozen", "full"):
         raise ValueError(f"Unknown norm {norm!r}; choose from frozen, full.")
     if depth < 1:
         raise ValueError(f"depth={depth} is below 1; upstream=0 leaves writers out.")
     check_eval_mode(model)
-    provenance = Provenance.of(model, task_hash=text_hash(data.to_list()))
-    if provenance.model_fingerprint != scores.provenance.model_fingerprint:
-        raise ValueError("The scores belong to a model with other weights: score this model.")
+    if frozen is not None and (frozen.basis, frozen.seed) != (scores.basis, scores.basis_seed):
+        raise ValueError(
+            f"The frozen components are of the basis {frozen.basis} (seed {frozen.seed}), the "
+            f"scores of {scores.basis} (seed {scores.basis_seed}): score in the same basis."
+        )
     linear: Norm = "full" if norm == "full" else "frozen"
     chosen = _chosen(scores, frozen, strongest, components)
     _check_number(len(chosen), limit)
+    spectra, maps = scores.spectra_on(model), weight_matrices(model)
     batches = make_batches(data, model, batch_size)
-    spectra, maps = _spectra(model, scores), weight_matrices(model)
     readers = None if components is not None or frozen is None else frozen.components
     for _ in range(depth if upstream else 0):
         if readers is None or not len(readers):
@@ -83,16 +92,15 @@ def circuit(
         _check_number(len(chosen) + upstream * len(readers), limit)
         options: dict[str, Any] = {"metric": metric, "norm": linear, "progress": progress}
         placed = make_nodes(spectra, readers)
-        readers = feeding(model, spectra, maps, placed, scores, batches, upstream, **options)
+        readers = feeding(model, maps, placed, scores, batches, upstream, **options)
         chosen = pd.concat([chosen, readers], ignore_index=True)
     nodes = make_nodes(spectra, chosen)
     rows = score_rows(scores, nodes.members)
     sums = sum_edges(
         model,
-        spectra,
         maps,
         nodes,
-        FrozenSet.from_scores(scores, rows),
+        scores.means[rows],
         batches,
         metric=metric,
         norm=linear,
@@ -104,13 +112,13 @@ def circuit(
         outflow=_summed(outflows, "writer", nodes), inflow=_summed(inflows, "reader", nodes)
     )
     return Circuit(
-        nodes=table.join(token_summary(model, spectra, nodes)),
+        nodes=table.join(token_summary(model, nodes)),
         edges=_edge_table(table, sums),
         outflows=outflows,
         inflows=inflows,
         norm=norm,
         n_examples=len(data),
-        provenance=provenance,
+        provenance=Provenance.of(model, task_hash=text_hash(data.to_list())),
     )
 
 
@@ -144,39 +152,24 @@ def _check_number(count: int, limit: int) -> None:
         )
 
 
-def _spectra(model: TransformerBridge, scores: Scores) -> Spectra:
-    if scores.spectra is not None:
-        return scores.spectra
-    kinds, layers = set(scores.components["matrix"]), set(scores.components["layer"].tolist())
-    return decompose(model, sorted(kinds), sorted(layers), progress=False)
-
-
 def _outflows(nodes: Nodes, sums: EdgeSums) -> pd.DataFrame:
-    writers = [*nodes.table["node"], EMBED]
-    rows = [
-        {
-            "writer": writer,
-            "map": short_name(sums.targets[place]),
-            "effect": total / sums.n_examples,
-        }
-        for place in range(len(nodes), len(sums.targets))
-        for writer, total in zip(writers, sums.total[place].tolist(), strict=True)
-        if total != 0
-    ]
-    return pd.DataFrame(rows, columns=["writer", "map", "effect"])
+    maps = [short_name(name) for name in sums.targets[len(nodes) :]]
+    effects = sums.total[len(nodes) :] / sums.n_examples
+    return _flows(effects.T, "writer", [*nodes.table["node"], EMBED], maps)
 
 
 def _inflows(nodes: Nodes, sums: EdgeSums) -> pd.DataFrame:
     maps = [*map(short_name, sums.targets[len(nodes) : -1]), EMBED]
-    rows = [
-        {"reader": reader, "map": name, "effect": total / sums.n_examples}
-        for place, reader in enumerate(nodes.table["node"])
-        for name, total in zip(
-            maps, [*sums.inflow[place].tolist(), float(sums.total[place, -1])], strict=True
-        )
-        if total != 0
-    ]
-    return pd.DataFrame(rows, columns=["reader", "map", "effect"])
+    embed = sums.total[: len(nodes), -1:]
+    effects = np.concatenate([sums.inflow, embed], axis=1) / sums.n_examples
+    return _flows(effects, "reader", nodes.table["node"].tolist(), maps)
+
+
+def _flows(effects: np.ndarray, end: str, nodes: list[str], maps: list[str]) -> pd.DataFrame:
+    """One row for each effect between a node and a map that is not zero."""
+    node, at = np.nonzero(effects)
+    names = {end: np.array(nodes, object)[node], "map": np.array(maps, object)[at]}
+    return pd.DataFrame({**names, "effect": effects[node, at]})
 
 
 def _summed(flows: pd.DataFrame, end: str, nodes: Nodes) -> np.ndarray:
@@ -206,27 +199,22 @@ def _node_table(
 
 
 def _edge_table(nodes: pd.DataFrame, sums: EdgeSums) -> pd.DataFrame:
+    """One row for each pair of a writer and a reader whose effect is not zero."""
     n = sums.n_examples
-    names = nodes["node"].tolist()
-    pruned = {name for name, z in zip(names, nodes["strength"], strict=True) if z > 0}
-    readers = [*enumerate(names), (len(sums.targets) - 1, LOGITS)]
-    rows = []
-    for place, reader in readers:
-        for column, writer in enumerate([*names, EMBED]):
-            total = float(sums.total[place, column])
-            if total == 0:
-                continue
-            spread = max(0.0, float(sums.square[place, column]) - total**2 / n)
-            peak = int(np.abs(sums.by_position[place, column]).argmax())
-            rows.append(
-                {
-                    "writer": writer,
-                    "reader": reader,
-                    "effect": total / n,
-                    "stderr": (spread / max(1, n - 1) / n) ** 0.5,
-                    "position": sums.positions[peak],
-                    "pruned": writer in pruned or reader in pruned,
-                }
-            )
-    columns = ["writer", "reader", "effect", "stderr", "position", "pruned"]
-    return pd.DataFrame(rows, columns=columns)
+    names = np.array([*nodes["node"], EMBED], object)
+    pruned = np.array([*(nodes["strength"] > 0), False])
+    readers = [*range(len(nodes)), len(sums.targets) - 1]
+    total, square = sums.total[readers], sums.square[readers]
+    reader, writer = np.nonzero(total)
+    spread = np.maximum(0, square - total**2 / n) / max(1, n - 1)
+    peak = np.abs(sums.by_position[readers]).argmax(-1)
+    return pd.DataFrame(
+        {
+            "writer": names[writer],
+            "reader": np.array([*nodes["node"], LOGITS], object)[reader],
+            "effect": total[reader, writer] / n,
+            "stderr": np.sqrt(spread / n)[reader, writer],
+            "position": sums.positions.start + peak[reader, writer],
+            "pruned": pruned[writer] | pruned[reader],  # the last reader, the logits, is not
+        }
+    )

@@ -4,30 +4,30 @@ Every scored component is a possible writer. Cost per batch: two forward passes 
 pass, and for every reader one short backward pass and a projection on all earlier components.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.circuits.cut_graph import CutGraph, Norm, RunGradients, cut_graph, run_gradients
-from eigenlens.circuits.nodes import Nodes, directions, means_at
-from eigenlens.frozen_set import FrozenSet
-from eigenlens.matrices import WeightMatrices
+from eigenlens.circuits.edges import moved
+from eigenlens.circuits.nodes import Nodes, by_matrix
+from eigenlens.far_side import MapDirections
+from eigenlens.matrices import WeightMatrices, WeightMatrix
 from eigenlens.metrics import Metric
 from eigenlens.scoring.scores import Scores
-from eigenlens.spectra import COMPONENT, Spectra, Spectrum
+from eigenlens.spectra import COMPONENT, Spectrum
 from eigenlens.tasks.batches import Batch
 
 
+@torch.no_grad()
 def feeding(
     model: TransformerBridge,
-    spectra: Spectra,
     maps: WeightMatrices,
     readers: Nodes,
     scores: Scores,
@@ -38,66 +38,64 @@ def feeding(
     norm: Norm,
     progress: bool,
 ) -> pd.DataFrame:
-    """The ``each`` strongest scored writers of every reader, without repetition.
+    """The ``each`` strongest scored writers of every reader.
 
     Returns:
         Columns ``layer, matrix, head, index``; readers may be among them.
     """
-    known = _by_map(scores)
-    totals: dict[tuple[int, str], Float[Tensor, "head rank"]] = {}
+    groups = by_matrix(scores.components).items()
+    writers = [(readers.spectra[name], rows) for name, rows in groups]
+    matrices = {m.name: m for m in maps}
+    names = [spectrum.site.map_name for spectrum, _ in writers]
+    ends = [(node.site.map_name, node.ends(model)) for node in readers]
+    totals = np.zeros((len(readers), len(scores)))
     for batch in tqdm(batches, desc="upstream", unit="batch", disable=not progress):
         real = run_gradients(model, maps, batch, metric)
         graph = cut_graph(model, maps, batch, norm)
-        moves = {name: _move(spectra[name], own, batch, real) for name, own in known.items()}
-        for number in range(len(readers)):
-            for name, gradient in _through(spectra, readers, number, real, graph, known).items():
-                total = (moves[name] * spectra[name].writes(gradient.to(moves[name]))).sum((0, 1))
-                key = (number, name)
-                totals[key] = totals[key] + total if key in totals else total
-    parts = [
-        known[name]
-        .components[COMPONENT]
-        .assign(reader=number, size=total.abs().flatten().double().cpu().numpy())
-        for (number, name), total in totals.items()
-    ]
-    if not parts:
-        return scores.components[COMPONENT].head(0)
-    table = pd.concat(parts, ignore_index=True)
-    ranked = table[table["size"] > 0].sort_values("size", ascending=False, kind="stable")
-    return ranked.groupby("reader").head(each)[COMPONENT].drop_duplicates(ignore_index=True)
-
-
-def _by_map(scores: Scores) -> dict[str, FrozenSet]:
-    """Mean activations of all scored components, map by map."""
-    names = "blocks." + scores.components["layer"].astype(str) + "." + scores.components["matrix"]
-    return {
-        name: FrozenSet.from_scores(scores, np.flatnonzero(names == name))
-        for name in dict.fromkeys(names)
-    }
+        moves = [
+            moved(scores.means[rows], _coordinates(spectrum, real), batch)
+            for spectrum, rows in writers
+        ]
+        for number, (reader, own) in enumerate(ends):
+            gradients = _through(reader, own, real, graph, names)
+            found = {
+                place: (move * _slopes(spectrum, matrices[name], gradients[name])).sum((0, 1))
+                for place, ((spectrum, _), name, move) in enumerate(
+                    zip(writers, names, moves, strict=True)
+                )
+                if name in gradients
+            }
+            if found:  # one wait for the device, not one for every map
+                rows = np.concatenate([writers[place][1] for place in found])
+                parts = [part.double().to(batch.tokens.device) for part in found.values()]
+                totals[number, rows] += torch.cat(parts).cpu().numpy()
+    sizes = np.abs(totals)
+    strongest = np.argsort(-sizes, axis=1, kind="stable")[:, :each]
+    there = np.take_along_axis(sizes, strongest, axis=1) > 0
+    return scores.components[COMPONENT].iloc[np.unique(strongest[there])]
 
 
 def _through(
-    spectra: Spectra,
-    readers: Nodes,
-    number: int,
-    real: RunGradients,
-    graph: CutGraph,
-    writers: Iterable[str],
+    name: str, own: MapDirections, real: RunGradients, graph: CutGraph, writers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Gradient by the output of every map, through one reader."""
-    members = readers.members[readers.members["number"] == number]
-    own, name = directions(spectra, members), members["map"].iloc[0]
+    """Gradient by the output of every map, through one reader of the map ``name``."""
     x = graph.inputs[name]
     g = real.gradients[name].to(own.writes) @ own.writes.T
     return graph.pull(x, (g @ own.reads.T).to(x).view_as(x), writers)
 
 
-def _move(
-    spectrum: Spectrum, known: FrozenSet, batch: Batch, real: RunGradients
-) -> Float[Tensor, "batch pos head rank"]:
-    """``ā − a`` of all components of a map; zero at padding."""
-    a = spectrum.reads(real.inputs[spectrum.matrix.name].to(spectrum.u))
-    means = rearrange(
-        means_at(known, batch.positions), "pos (head rank) -> pos head rank", head=a.shape[2]
-    )
-    return torch.where(batch.attention_mask[..., None, None], means.to(a) - a, 0)
+def _coordinates(spectrum: Spectrum, real: RunGradients) -> Float[Tensor, "batch pos k"]:
+    """Coordinates of all components of a map, head by head."""
+    site = spectrum.site
+    h = (real.inputs if site.side == "in" else real.outputs)[site.map_name]
+    return spectrum.coordinates(site.split(h.to(spectrum.dtype), h.shape[1])).flatten(2)
+
+
+def _slopes(
+    spectrum: Spectrum, matrix: WeightMatrix, gradient: Float[Tensor, "batch pos all_out"]
+) -> Float[Tensor, "batch pos k"]:
+    """Derivative along every coordinate, from the gradient by the output of the map."""
+    g = gradient.to(spectrum.dtype)
+    if spectrum.site.side == "in":
+        g = g @ matrix.flat_weight.T.to(g)
+    return spectrum.slopes(spectrum.site.split(g, g.shape[1])).flatten(2)
