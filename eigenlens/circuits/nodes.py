@@ -95,8 +95,8 @@ def make_nodes(spectra: Spectra, components: pd.DataFrame) -> Nodes:
         raise ValueError(f"Components need the columns {', '.join(COMPONENT)}; {missing} lack.")
     known = spectra.to_pandas()
     rows = _rows(known, components)
-    for place in np.flatnonzero(rows < 0)[:1]:
-        raise _unknown(spectra, *components[COMPONENT].iloc[place])
+    for place in components.loc[rows < 0, COMPONENT].itertuples(index=False):
+        raise _unknown(spectra, *place)
     block = known.groupby([*COMPONENT[:3], "block"], sort=False).ngroup().to_numpy()
     members = known[np.isin(block, block[rows])]
     number = np.unique(block[members.index], return_inverse=True)[1]
@@ -160,7 +160,6 @@ def score_rows(scores: Scores, components: pd.DataFrame) -> np.ndarray:
         ValueError: one that was not scored.
     """
     rows = _rows(scores.components, components)
-    for place in np.flatnonzero(rows < 0)[:1]:
-        lacking = components[COMPONENT].iloc[place].to_dict()
-        raise ValueError(f"The scores do not hold the component {lacking}.")
+    for place in components.loc[rows < 0, COMPONENT].to_dict("records"):
+        raise ValueError(f"The scores do not hold the component {place}.")
     return rows

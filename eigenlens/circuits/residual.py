@@ -20,7 +20,7 @@ from eigenlens.circuits.norms import gain_after
 from eigenlens.far_side import unit
 from eigenlens.matrices import WeightMatrix, weight_matrices
 
-Rows = Float[Tensor, "n width"]
+Rows = Float[Tensor, "_ _"]  # directions of one space, one a row
 WRITERS = ("W_O", "W_out")
 
 

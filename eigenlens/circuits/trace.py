@@ -75,10 +75,11 @@ def circuit(
     if depth < 1:
         raise ValueError(f"depth={depth} is below 1; upstream=0 leaves writers out.")
     check_eval_mode(model)
-    if frozen is not None and (frozen.basis, frozen.seed) != (scores.basis, scores.basis_seed):
+    basis = _basis(scores.basis, scores.basis_seed)
+    if frozen is not None and _basis(frozen.basis, frozen.seed) != basis:
         raise ValueError(
-            f"The frozen components are of the basis {frozen.basis} (seed {frozen.seed}), the "
-            f"scores of {scores.basis} (seed {scores.basis_seed}): score in the same basis."
+            f"The frozen components are of the basis {_basis(frozen.basis, frozen.seed)}, the "
+            f"scores of {basis}: score in the same basis."
         )
     linear: Norm = "full" if norm == "full" else "frozen"
     chosen = _chosen(scores, frozen, strongest, components)
@@ -120,6 +121,10 @@ def circuit(
         n_examples=len(data),
         provenance=Provenance.of(model, task_hash=text_hash(data.to_list())),
     )
+
+
+def _basis(name: str, seed: int | None) -> str:
+    return f"{name} (seed {seed})" if name == "random" else name
 
 
 def _chosen(

@@ -6,10 +6,10 @@ import plotly.graph_objects as go
 
 from eigenlens.circuits import Circuit
 from eigenlens.circuits.nodes import EMBED, LOGITS
-from eigenlens.matrices import MATRIX_KINDS, MLP_KINDS
-from eigenlens.plots.style import BLUE, FULL_WIDTH, TEMPLATE, VERMILION, heading, plain
+from eigenlens.matrices import MLP_KINDS
+from eigenlens.plots.style import BLUE, FULL_WIDTH, TEMPLATE, VERMILION, heading, kind_label, plain
 
-_ORDER = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out")
+_ORDER = ("W_Q", "W_K", "QK", "W_V", "W_O", "OV", "W_gate", "W_in", "W_out")
 _KEPT, _FROZEN = "#FFFFFF", "#333333"
 _WIDEST = 8.0  # pixels
 _CROWDED = 16  # nodes in a row from which neighbours are drawn at two heights
@@ -91,10 +91,10 @@ def _placed(table: pd.DataFrame, edges: pd.DataFrame) -> pd.DataFrame:
     nodes = table[table["node"].isin(ends)].copy()
     nodes["stage"] = nodes["layer"] * len(_ORDER) + nodes["matrix"].map(_ORDER.index)
     nodes["label"] = [
-        f"L{layer} W<sub>{matrix[2:]}</sub>"
+        f"L{layer} {kind_label(matrix)}"
         for layer, matrix in zip(nodes["layer"], nodes["matrix"], strict=True)
     ]
-    last = int(table["layer"].max() + 1) * len(MATRIX_KINDS)
+    last = int(table["layer"].max() + 1) * len(_ORDER)
     for name, stage in ((EMBED, -1), (LOGITS, last)):
         if name in ends:
             extra = {"node": name, "stage": stage, "label": name, "strength": 0.0}

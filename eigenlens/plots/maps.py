@@ -6,8 +6,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.matrices import MATRIX_KINDS
-from eigenlens.plots.style import FULL_WIDTH, HARM_HELP, SIGN, TEMPLATE, heading
+from eigenlens.matrices import KINDS
+from eigenlens.plots.style import FULL_WIDTH, HARM_HELP, SIGN, TEMPLATE, heading, kind_label
 from eigenlens.scoring import Scores
 from eigenlens.spectra import COMPONENT
 
@@ -98,7 +98,7 @@ def pruned_map(frozen: FrozenSet, scores: Scores | None = None) -> go.Figure:
     ticks = [np.mean([i for i, c in enumerate(columns) if c[0] == k]) for k in _kinds(columns)]
     figure.update_xaxes(
         tickvals=ticks,
-        ticktext=[f"W<sub>{kind[2:]}</sub>" for kind in _kinds(columns)],
+        ticktext=[kind_label(kind) for kind in _kinds(columns)],
         showticklabels=True,
         showgrid=False,
         zeroline=False,
@@ -121,7 +121,7 @@ def pruned_map(frozen: FrozenSet, scores: Scores | None = None) -> go.Figure:
 
 def _columns(cells: pd.DataFrame) -> list[tuple[str, int]]:
     found = set(zip(cells.index.get_level_values(1), cells.index.get_level_values(2), strict=True))
-    return sorted(found, key=lambda c: (MATRIX_KINDS.index(c[0]), c[1]))
+    return sorted(found, key=lambda c: (KINDS.index(c[0]), c[1]))
 
 
 def _kinds(columns: list[tuple[str, int]]) -> list[str]:
@@ -154,7 +154,7 @@ def _heatmap(
     **scale: object,
 ) -> go.Heatmap:
     details = np.stack([_grid(cells, columns, name) for name in ("frozen", "n")], axis=-1)
-    names = np.array([f"W_{kind[2:]}, head {head}" for kind, head in columns])
+    names = np.array([f"{kind}, head {head}" for kind, head in columns])
     text = np.broadcast_to(names, values.shape)
     return go.Heatmap(
         z=values,

@@ -10,10 +10,20 @@ from plotly.subplots import make_subplots
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.marchenko_pastur import bulk_edge
 from eigenlens.matrices import MATRIX_KINDS
-from eigenlens.plots.style import FULL_WIDTH, GREY, TEMPLATE, VERMILION, heading, log_ticks
+from eigenlens.plots.style import (
+    FULL_WIDTH,
+    GREY,
+    TEMPLATE,
+    VERMILION,
+    bends,
+    heading,
+    kind_label,
+    log_ticks,
+)
 from eigenlens.spectra import Spectra, Spectrum
 
 _PANEL, _GAP = 190, 100  # pixels
+_MOST_POINTS, _FEWEST = 6000, 8  # of all lines of a panel, of one line
 
 
 def singular_values(
@@ -23,33 +33,39 @@ def singular_values(
 
     The dashed line at 1 is the Marchenko–Pastur edge ``s (√d_in + √d_out)``, where ``s`` is
     estimated from the median singular value (:mod:`eigenlens.marchenko_pastur`): values below it
-    look like noise of that strength.
+    look like noise of that strength. Where the lines of a panel have more than 6,000 points, each
+    keeps its ends and as many points between, evenly along its length, as fit.
 
     Args:
-        spectra: what to show.
+        spectra: what to show; singular values, since the edge is that of no other basis.
         frozen: mark these components.
         layers: show only these.
 
     Raises:
-        ValueError: none of ``layers`` is among the spectra.
+        ValueError: another basis than ``svd``; none of ``layers`` is among the spectra.
     """
+    if spectra.basis != "svd":
+        raise ValueError(
+            f"These spectra are of the basis {spectra.basis}: the bulk edge is that of singular "
+            "values of one matrix, those of eigenlens.decompose(model, basis='svd')."
+        )
     wanted = None if layers is None else set(layers)
-    shown = [s for s in spectra.values() if wanted is None or s.matrix.layer in wanted]
+    shown = [s for s in spectra.values() if wanted is None or s.site.layer in wanted]
     if not shown:
         raise ValueError(f"None of the layers {sorted(wanted or ())} is among the spectra.")
-    kinds = [kind for kind in MATRIX_KINDS if any(s.matrix.kind == kind for s in shown)]
+    kinds = [kind for kind in MATRIX_KINDS if any(s.site.kind == kind for s in shown)]
     columns = 2 if len(kinds) > 1 else 1
     rows = -(-len(kinds) // columns)
     inner = rows * _PANEL + (rows - 1) * _GAP
     figure = make_subplots(
         rows=rows,
         cols=columns,
-        subplot_titles=[f"W<sub>{kind[2:]}</sub>" for kind in kinds],
+        subplot_titles=[kind_label(kind) for kind in kinds],
         horizontal_spacing=0.12,
         vertical_spacing=_GAP / inner if rows > 1 else 0,
     )
     for place, kind in enumerate(kinds):
-        table = pd.concat([_values(s) for s in shown if s.matrix.kind == kind], ignore_index=True)
+        table = pd.concat([_values(s) for s in shown if s.site.kind == kind], ignore_index=True)
         at = {"row": place // columns + 1, "col": place % columns + 1}
         figure.add_trace(_lines(table, first=place == 0), **at)
         there = table["ratio"][table["ratio"] > 0]
@@ -85,12 +101,12 @@ def singular_values(
 def _values(spectrum: Spectrum) -> pd.DataFrame:
     """One row per component: ``layer, matrix, head, index, sigma, ratio``."""
     sigma = spectrum.sigma.double().cpu().numpy()
-    edge = bulk_edge(sigma, spectrum.matrix.d_in, spectrum.matrix.d_out)
+    edge = bulk_edge(sigma, spectrum.site.width, spectrum.site.far_width)
     heads, rank = sigma.shape
     return pd.DataFrame(
         {
-            "layer": spectrum.matrix.layer,
-            "matrix": spectrum.matrix.kind,
+            "layer": spectrum.site.layer,
+            "matrix": spectrum.site.kind,
             "head": np.repeat(np.arange(heads), rank),
             "index": np.tile(np.arange(rank), heads),
             "sigma": sigma.flatten(),
@@ -109,9 +125,12 @@ _DETAILS = ["layer", "head", "sigma"]
 
 def _lines(table: pd.DataFrame, *, first: bool) -> go.Scattergl:
     """All heads as one trace, with a gap between two lines."""
+    groups = table.groupby(["layer", "head"])
+    most = max(_FEWEST, _MOST_POINTS // groups.ngroups)
     parts = []
-    for _, own in table.groupby(["layer", "head"]):
-        parts += [own, pd.DataFrame([{}])]
+    for _, own in groups:
+        height = np.log10(own["ratio"].fillna(0).clip(1e-12).to_numpy())  # zero is drawn nowhere
+        parts += [own.iloc[bends(height, most)], pd.DataFrame([{}])]
     lines = pd.concat(parts, ignore_index=True)
     return go.Scattergl(
         x=lines["index"],

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.matrices import MATRIX_KINDS, MLP_KINDS
+from eigenlens.matrices import KINDS, MLP_KINDS
 from eigenlens.plots.style import (
     FULL_WIDTH,
     GREY,
@@ -17,17 +17,18 @@ from eigenlens.plots.style import (
     TEMPLATE,
     VERMILION,
     heading,
+    kind_label,
     log_ticks,
     plain,
     signed_log,
     signed_log_ticks,
+    visible,
 )
 from eigenlens.scoring import Scores
 from eigenlens.spectra import COMPONENT
 
 Against = Literal["index", "sigma"]
 
-_MOST_POINTS = 3000
 _MOST_BARS = 300
 _MOST_PANELS = 32
 _UNIT = 1e-6
@@ -46,10 +47,9 @@ def spectrum(
     """Score of every component against its index or its singular value.
 
     One panel per matrix kind or, with ``matrix``, one per layer and head of that kind. The ΔL axis
-    is linear within ±1e-6 nats and logarithmic outside. Bars are standard errors of the mean effect
-    over examples, where they were computed and a panel shows at most 300 of a colour. Panels with
-    more than 3,000 components show the 1,000 highest, the 1,000 lowest and an even sample of the
-    others.
+    is linear within ±1e-6 nats and logarithmic outside. Bars are standard errors over examples,
+    where they were computed and a panel shows at most 300 of a colour. Of more than 1,000 kept
+    components of a panel, or frozen ones, those that others of their colour cover are left out.
 
     Args:
         scores: what to show.
@@ -79,10 +79,9 @@ def spectrum(
         shared_yaxes="all",
     )
     for place, own in enumerate(panels.values()):
-        shown = _thinned(own)
         for state, colour in ((False, GREY), (True, VERMILION)):
             figure.add_trace(
-                _points(shown[shown["frozen"] == state], against, state, colour, first=place == 0),
+                _points(own[own["frozen"] == state], against, state, colour, first=place == 0),
                 row=place // columns + 1,
                 col=place % columns + 1,
             )
@@ -136,41 +135,37 @@ def _chosen(
 
 
 def _by_kind(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    for kind in MATRIX_KINDS:
+    for kind in KINDS:
         if len(own := table[table["matrix"] == kind]):
-            yield f"W<sub>{kind[2:]}</sub>", own
+            yield kind_label(kind), own
 
 
 def _by_head(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    name = f"W<sub>{table['matrix'].iloc[0][2:]}</sub>"
+    name = kind_label(table["matrix"].iloc[0])
     for (layer, head), own in table.groupby(["layer", "head"]):
         in_mlp = own["matrix"].iloc[0] in MLP_KINDS
         yield f"layer {layer}, {name}" + ("" if in_mlp else f", head {head}"), own
 
 
-def _thinned(table: pd.DataFrame) -> pd.DataFrame:
-    if len(table) <= _MOST_POINTS:
-        return table
-    third = _MOST_POINTS // 3
-    ranked = table.sort_values("delta_loss")
-    middle = ranked.iloc[third:-third]
-    even = middle.iloc[np.linspace(0, len(middle) - 1, third).astype(int)]
-    return pd.concat([ranked.iloc[:third], even, ranked.iloc[-third:]])
-
-
 def _points(
     rows: pd.DataFrame, against: str, frozen: bool, colour: str, *, first: bool
 ) -> go.Scattergl:
-    errors = None
-    if rows["stderr"].notna().any() and len(rows) <= _MOST_BARS:
+    x = rows[against].to_numpy(float)
+    shown = visible(
+        np.log10(x, where=x > 0, out=np.full_like(x, np.nan)) if against == "sigma" else x,
+        signed_log(rows["delta_loss"].to_numpy(), _UNIT),
+    )
+    rows = rows.iloc[shown]
+    errors, known = None, rows["stderr"].notna().any()
+    middle = signed_log(rows["delta_loss"].to_numpy(), _UNIT)
+    if known and len(rows) <= _MOST_BARS:
         high = signed_log((rows["delta_loss"] + rows["stderr"]).to_numpy(), _UNIT)
         low = signed_log((rows["delta_loss"] - rows["stderr"]).to_numpy(), _UNIT)
-        middle = signed_log(rows["delta_loss"].to_numpy(), _UNIT)
         errors = {"array": high - middle, "arrayminus": middle - low, "thickness": 1, "width": 0}
     return go.Scattergl(
         # An empty trace draws no legend entry: the first panel always has one point.
         x=rows[against] if len(rows) else [None],
-        y=signed_log(rows["delta_loss"].to_numpy(), _UNIT) if len(rows) else [None],
+        y=middle if len(rows) else [None],
         error_y=errors,
         mode="markers",
         name="frozen" if frozen else "kept",
@@ -180,7 +175,7 @@ def _points(
         customdata=rows[["layer", "head", "index", "delta_loss", "stderr", "sigma"]],
         hovertemplate=(
             "layer %{customdata[0]}, head %{customdata[1]}, index %{customdata[2]}<br>"
-            "ΔL %{customdata[3]:.3g} ± %{customdata[4]:.2g} nats, σ %{customdata[5]:.3g}"
-            "<extra></extra>"
+            f"ΔL %{{customdata[3]:.3g}}{' ± %{customdata[4]:.2g}' if known else ''} nats, "
+            "σ %{customdata[5]:.3g}<extra></extra>"
         ),
     )

@@ -46,6 +46,39 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False)  # plotly knows no entity for quotes
 
 
+def kind_label(kind: str) -> str:
+    """A matrix as it is written in a text: W with a subscript; joint maps have two letters."""
+    return f"W<sub>{kind[2:]}</sub>" if kind.startswith("W_") else kind
+
+
+def visible(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rows of points that an eye can tell apart in a panel, where there are over a thousand.
+
+    One of each cell of a grid whose cells are smaller than a mark: the farthest from zero in y.
+    What is not finite is drawn nowhere and left out.
+    """
+    rows = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+    if len(rows) <= 1000:
+        return rows
+    rows = rows[np.argsort(-np.abs(y[rows]), kind="stable")]
+    cells = np.stack([_bins(x[rows], 120), _bins(y[rows], 60)])
+    return np.sort(rows[np.unique(cells, axis=1, return_index=True)[1]])
+
+
+def _bins(values: np.ndarray, count: int) -> np.ndarray:
+    low, width = values.min(), np.ptp(values) or 1.0
+    return np.minimum(((values - low) / width * count).astype(int), count - 1)
+
+
+def bends(y: np.ndarray, most: int) -> np.ndarray:
+    """Places on a line, at most so many, evenly along its length in a panel; its ends are there."""
+    if len(y) <= most:
+        return np.arange(len(y))
+    rise = np.abs(np.diff(y)) / (np.ptp(y) or 1.0)
+    along = np.concatenate([[0.0], np.cumsum(rise + 1 / len(y))])
+    return np.unique(np.searchsorted(along, np.linspace(0, along[-1], most)))
+
+
 def one_legend_entry_each(figure: go.Figure) -> None:
     """Traces of the same name, one in each panel, share their first one's entry in the legend."""
     shown: set[str] = set()

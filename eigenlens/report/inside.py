@@ -1,18 +1,17 @@
 """What the report shows of the inside of the model: it is loaded again for this."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from eigenlens.activations import ActivationChange, activation_change
 from eigenlens.circuits import Circuit, circuit
+from eigenlens.circuits.nodes import score_rows
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.pipeline import EigenpruneResult
 from eigenlens.scoring import Scores
-from eigenlens.spectra import COMPONENT
 from eigenlens.tasks import load_task
 
 # A node of the circuit is a short backward pass for each batch, and brings two more nodes that
@@ -63,10 +62,7 @@ def _strongest(frozen: FrozenSet, scores: Scores) -> FrozenSet:
     """The frozen components with the largest scores of either sign."""
     if len(frozen) <= MOST_FROZEN:
         return frozen
-    place = pd.Series(
-        np.arange(len(scores)), pd.MultiIndex.from_frame(scores.components[COMPONENT])
-    )
-    rows = place.reindex(pd.MultiIndex.from_frame(frozen.components[COMPONENT])).to_numpy()
+    rows = score_rows(scores, frozen.components)
     order = np.argsort(-np.abs(scores.delta_loss[rows]), kind="stable")[:MOST_FROZEN]
-    strength = frozen.components["strength"].to_numpy()[order]
-    return FrozenSet.from_scores(scores, rows[order], strength)
+    components = frozen.components.iloc[order].reset_index(drop=True)
+    return replace(frozen, components=components, means=frozen.means[order], directions=None)
