@@ -407,12 +407,9 @@ def test_a_resumed_optimiser_stays_where_its_parameters_are(arith, monkeypatch, 
 def test_weights_are_hashed_and_data_tokenised_once(arith, monkeypatch):
     """There were 84 hashes of all weights and 42 tokenisations in three steps of ``guarded``."""
     model, base, task = arith
-    hashes, passes, scored = [], [], []
-    monkeypatch.setattr(
-        "eigenlens.provenance._hash",
-        lambda named, made=provenance._hash: (hashes.append(1), made(named))[1],
-    )
-    encode = tokenising._encode
+    hashes, passes = [], []
+    made, encode = provenance._hash, tokenising._encode
+    monkeypatch.setattr(provenance, "_hash", lambda named: (hashes.append(1), made(named))[1])
     monkeypatch.setattr(
         tokenising, "_encode", lambda rows, t: (passes.append(len(rows)), encode(rows, t))[1]
     )
