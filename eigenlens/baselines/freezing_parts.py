@@ -32,7 +32,7 @@ class FreezingPart(OneShot):
             given.
     """
 
-    part: Part = "bias only"
+    part: Part | str = "bias only"
     like: tuple[FrozenSet, ...] = ()
 
     def __post_init__(self) -> None:

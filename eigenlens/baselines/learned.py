@@ -24,7 +24,7 @@ class Learned(Baseline):
     """
 
     attenuate: bool = False
-    basis: Basis = "svd"
+    basis: Basis | str = "svd"
     criterion: Criterion = "mean"
     options: Mapping[str, Any] = field(default_factory=dict)
 
