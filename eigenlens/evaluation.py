@@ -12,6 +12,7 @@ import pandas as pd
 import scipy.stats
 import torch
 from datasets import Dataset
+from jaxtyping import Float
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -225,7 +226,7 @@ def _choices(
 
 def _losses(
     model: TransformerBridge, data: Dataset, answers: Sequence[tuple[int, str]], batch_size: int
-) -> np.ndarray:
+) -> Float[np.ndarray, " answer"]:
     """Loss of other answers to the prompts in these rows."""
     losses = np.empty(len(answers))
     if not answers:

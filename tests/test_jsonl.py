@@ -139,6 +139,15 @@ def test_marks_and_line_ends_of_other_systems_are_no_fault(tmp_path):
     assert found == {f"{i} = \U0001f600": f" {i}\u2028" for i in range(10)}
 
 
+def test_a_row_that_does_not_tokenise_is_named_with_its_split(write, tiny):
+    train = write("train.jsonl", ROWS)
+    test = write(
+        "test.jsonl", [{"prompt": "1 +", "answer": " 1"}, {"prompt": "40 =", "answer": "2"}]
+    )
+    with pytest.raises(ValueError, match=r"'jsonl', split test: Example 1: .* spell '40 = 2'"):
+        el.load_task("jsonl", tiny("gpt2").tokenizer, train=train, test=test)
+
+
 def test_bad_arguments(write, tmp_path):
     path = write("mine.jsonl", ROWS)
     for arguments in ({}, {"path": path, "test": path}, {"train": path}, {"validation": path}):

@@ -53,6 +53,9 @@ def load_task(
         raise ValueError(f"Task {name!r}: {problems(error, 'arguments')}.") from error
     if tokenizer is not None:
         check_tokenizer(tokenizer)
-        for split in (task.train, task.validation, task.test):
-            tokenise(split, tokenizer)
+        for split in ("train", "validation", "test"):
+            try:
+                tokenise(getattr(task, split), tokenizer)
+            except ValueError as error:
+                raise ValueError(f"Task {name!r}, split {split}: {error}") from error
     return task
