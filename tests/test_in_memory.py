@@ -131,9 +131,10 @@ def test_peft_models_are_refused_or_merged():
         el.load_model(wrapped, word_tokenizer())
     model = el.load_model(wrapped, word_tokenizer(), merge_adapter=True)
     torch.testing.assert_close(logits(model), wanted)
-    torch.testing.assert_close(
-        logits(el.load_model(lora_model().merge_and_unload(), word_tokenizer())), wanted
-    )
+    merged = lora_model().merge_and_unload()
+    with pytest.raises(ValueError, match="LlamaForCausalLM holds no peft adapter to merge"):
+        el.load_model(merged, word_tokenizer(), merge_adapter=True)
+    torch.testing.assert_close(logits(el.load_model(merged, word_tokenizer())), wanted)
 
 
 def test_adapters_that_cannot_be_merged_are_told():
@@ -200,13 +201,21 @@ def test_adapters_that_are_damaged_or_do_not_fit_are_told(adapter):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is truncated"):
         el.load_model(folder / "adapter", merge_adapter=True)
+    safetensors.torch.save_file(tensors, path)
     (folder / "base" / "model.safetensors").write_bytes(b"")
-    load_again = {"merge_adapter": True, "device": "cpu"}
-    with pytest.raises(ValueError, match=r"is truncated|is empty"):
-        el.load_model(folder / "adapter", **load_again)
-    (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"base/model\.safetensors is empty"):
+        el.load_model(folder / "adapter", merge_adapter=True)
+
+
+def test_adapters_whose_base_model_is_not_there_are_told(adapter):
+    folder, _ = adapter
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder / "base"), str(folder / "gone")))
+    with pytest.raises(ValueError, match=rf"Cannot read the model in .*{folder / 'gone'}"):
+        el.load_model(folder / "adapter", merge_adapter=True)
+    config.write_text('{"peft_type": "LORA"}')
     with pytest.raises(ValueError, match=r"adapter_config\.json names no base model"):
-        el.load_model(folder / "adapter", **load_again)
+        el.load_model(folder / "adapter", merge_adapter=True)
 
 
 def test_without_peft_the_package_is_named(adapter, monkeypatch):

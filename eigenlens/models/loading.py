@@ -131,6 +131,8 @@ def _from_adapter(
 def _without_adapter(model: nn.Module, merge: bool) -> nn.Module:
     """The model itself, or what it becomes when its adapter is merged."""
     if not peft_adapters.has_adapter(model):
+        if merge:
+            raise ValueError(f"This {type(model).__name__} holds no peft adapter to merge.")
         return model
     if not merge:
         raise ValueError(
