@@ -101,9 +101,7 @@ def run(
         str | None, typer.Option(help="Comma-separated, e.g. W_K,W_in (default: all).")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Comma-separated (default: all).")] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="paper or reference_code; options override it.")
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help="paper; options override it.")] = None,
     search: Annotated[
         str | None, typer.Option(help="one_shot, iterative, guarded or learned.")
     ] = None,
@@ -190,8 +188,23 @@ def run(
             options.setdefault("search_args", {})
         settings = pipeline.EigenpruneConfig.make(**(base | options))
         result = pipeline.run(settings, out)
+        _draw(result, out)
         console.print(_before_and_after(result))
         _say(f"Run folder: {out}")
+
+
+def _draw(result: Any, out: Path) -> None:
+    """What was scored and frozen, and the search, as pages beside the data."""
+    from eigenlens import plots
+    from eigenlens.files import atomic_path
+
+    for name, figure in (
+        ("spectrum", plots.spectrum(result.scores, result.frozen)),
+        ("trace", plots.search_trace(result.search)),
+    ):
+        with atomic_path(out / f"{name}.html") as temporary:
+            # A fixed name, so that the same run writes the same bytes.
+            figure.write_html(temporary, div_id=name)
 
 
 def _before_and_after(result: Any) -> Table:
@@ -232,6 +245,26 @@ def tasks() -> None:
     for name, build in TASKS.items():
         table.add_row(name, inspect.cleandoc(build.__doc__ or "").splitlines()[0])
     console.print(table)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete everything.")] = False,
+) -> None:
+    """List what is kept on disk: decompositions and dequantised models."""
+    with _clear_errors():
+        from eigenlens import cache as disk
+        from eigenlens.files import cache_dir
+
+        entries = disk.entries()
+        table = Table("kind", "entries", "MB")
+        for kind in dict.fromkeys(entry.kind for entry in entries):
+            sizes = [entry.size for entry in entries if entry.kind == kind]
+            table.add_row(kind, f"{len(sizes):,}", f"{sum(sizes) / 1e6:,.1f}")
+        console.print(table)
+        _say(f"{cache_dir()}; decompositions may take {disk.LIMIT_GB:g} GB, the oldest go first.")
+        if clear:
+            _say(f"Freed {disk.clear() / 1e6:,.1f} MB.")
 
 
 @app.command()

@@ -135,7 +135,7 @@ def search_options(search: str) -> type[BaseModel]:
         for p in parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN
     }
-    return create_model(search, __config__=ConfigDict(extra="forbid"), **own)  # type: ignore[call-overload, no-any-return]
+    return create_model(search, __config__=ConfigDict(extra="forbid"), **own)  # type: ignore[call-overload]
 
 
 def _valid_options(search: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from eigenlens.matrices import JOINT_KINDS, Site, WeightMatrix, weight_matrices
 from eigenlens.passes import Activation, FiniteCheck, record, without_padding
 from eigenlens.provenance import Provenance, tensor_hash
 from eigenlens.spectra import Spectra, Spectrum
-from eigenlens.tasks.batches import make_batches
+from eigenlens.tasks.batches import Batch, make_batches
 
 Basis = Literal["svd", "qk_ov", "random", "neurons", "pca"]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -185,7 +185,7 @@ def _covariances(
     batches = make_batches(data, model, batch_size)
     for batch in batches:
 
-        def add(site: Site, h: Activation, batch=batch) -> None:  # type: ignore[no-untyped-def]
+        def add(site: Site, h: Activation, batch: Batch = batch) -> None:
             h = bases.precise_weight(without_padding(h, batch))
             outer = einsum(h, h, "b p head x, b p head y -> head x y")
             total[site.name] = total.get(site.name, 0) + h.sum((0, 1))

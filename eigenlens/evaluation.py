@@ -243,7 +243,7 @@ def preference(accuracy: float, loss: float, components: int = 0) -> tuple[float
 
     Highest exact-match accuracy, then lowest loss, then fewest components.
     """
-    return (accuracy, -loss, -components)
+    return (accuracy, -loss, -float(components))
 
 
 def perplexity(model: TransformerBridge, data: Dataset, *, batch_size: int = 50) -> float:

@@ -103,9 +103,9 @@ class FrozenSet:
 
     def by_site(self) -> Iterator[tuple[str, np.ndarray]]:
         """Names of the matrices and the rows that lie in each."""
-        groups = self.components.groupby(["layer", "matrix"], sort=False).indices
-        for (layer, kind), rows in groups.items():
-            yield f"blocks.{layer}.{kind}", rows
+        names = "blocks." + self.components["layer"].astype(str) + "." + self.components["matrix"]
+        for name, rows in names.groupby(names, sort=False).indices.items():
+            yield str(name), np.asarray(rows)
 
     def directions_on(self, model: TransformerBridge) -> dict[str, Directions]:
         """Directions of these components, by site, where the model at hand has its weights.

@@ -252,17 +252,18 @@ def _search(
 ) -> SearchResult:
     if scores.spectra is None:  # read back from the run folder
         scores = replace(scores, spectra=_spectra(model, task, config, stages, progress))
-    shared = {"batch_size": config.batch_size}
+    options: dict[str, Any] = {"batch_size": config.batch_size, **config.search_args}
     if config.search == "one_shot":
-        return one_shot(model, scores, task.validation, **shared, **config.search_args)
+        return one_shot(model, scores, task.validation, **options)
     state = stages.out / _STATE if stages.out is not None else None
     given: dict[str, Any] = {"checkpoint": state, "progress": progress}
-    splits = (task.train, task.validation)
     if config.search == "iterative":
-        return iterative(model, scores, *splits, **shared, **config.search_args, **given)
-    options = search_options(config.search)(seed=config.seed, **shared, **config.search_args)
-    protect = _protection(model, config)
-    return SEARCHES[config.search](model, scores, *splits, options, protect=protect, **given)
+        return iterative(model, scores, task.train, task.validation, **options, **given)
+    given |= {
+        "config": search_options(config.search)(seed=config.seed, **options),
+        "protect": _protection(model, config),
+    }
+    return SEARCHES[config.search](model, scores, task.train, task.validation, **given)
 
 
 def _protection(model: TransformerBridge, config: EigenpruneConfig) -> Protection | None:

@@ -161,5 +161,6 @@ class PositionMeans:
         Raises:
             KeyError: something is missing.
         """
-        positions = Positions(*header["positions"], bucketed=header["bucketed"])
+        start, stop = header["positions"]
+        positions = Positions(start, stop, bucketed=header["bucketed"])
         return cls(positions, arrays["count"], arrays["mean"], arrays["fallback"])

@@ -10,10 +10,10 @@ from tiny_models import EQUAL, dataset
 
 import eigenlens as el
 from eigenlens import baselines as bl
-from eigenlens.baselines.freezing_parts import position_free, zeroed
-from eigenlens.baselines.random_basis import random_spectra
+from eigenlens.baselines.freezing_parts import zeroed
 from eigenlens.baselines.random_components import matched
 from eigenlens.baselines.ranked import shuffled_answers
+from eigenlens.far_side import input_vectors, output_vectors
 from eigenlens.files import FileFormatError
 from eigenlens.freezing import Freeze
 from eigenlens.metrics import answer_logits
@@ -146,16 +146,17 @@ def test_random_keeps_strengths_by_count(scored):
 def test_a_random_basis_spans_the_same_matrix(tiny, family):
     model = tiny(family)
     spectra = el.decompose(model, progress=False)
-    drawn = random_spectra(spectra, 0)
+    drawn = bl.Search(model, spectra, Task("t", EQUAL, EQUAL, EQUAL)).in_basis("random").spectra
     assert drawn.n_components == spectra.n_components
     for name, s in drawn.items():
-        total = torch.einsum("hir,hr,hro->hio", s.u, s.sigma, s.vh)
-        torch.testing.assert_close(total, s.matrix.weight, rtol=1e-10, atol=1e-12)
-        basis = s.u if s.matrix.d_in <= s.matrix.d_out else s.vh.mT
-        eye = torch.eye(s.matrix.rank, dtype=basis.dtype).expand(s.matrix.n_heads, -1, -1)
-        torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-10)
-        overlap = (basis * (spectra[name].u if basis is s.u else spectra[name].vh.mT)).sum(1).abs()
-        assert overlap.max() < 0.99
+        matrix = s.site.find(model)
+        reads, writes = input_vectors(model, s), output_vectors(model, s)
+        torch.testing.assert_close(reads @ writes, matrix.weight, rtol=1e-10, atol=1e-12)
+        eye = torch.eye(matrix.rank, dtype=s.dtype).expand(matrix.n_heads, -1, -1)
+        torch.testing.assert_close(s.read.mT @ s.read, eye, rtol=0, atol=1e-10)
+        far = writes if s.site.side == "in" else reads.mT
+        torch.testing.assert_close(far.norm(dim=-1), s.sigma, rtol=1e-10, atol=1e-12)
+        assert (s.read * spectra[name].read).sum(1).abs().max() < 0.99
     # all components together are the matrix, in whatever basis
     sets = [
         el.select(el.score(model, basis, EQUAL, progress=False), 1.0) for basis in (spectra, drawn)
@@ -167,21 +168,47 @@ def test_a_random_basis_spans_the_same_matrix(tiny, family):
     torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
 
 
-def test_a_random_basis_is_no_frozen_set_file(arith, scored, tmp_path):
+def test_a_random_basis_is_read_back_from_its_seed(arith, tmp_path):
     model, spectra, task = arith
-    search = bl.Search(model, spectra, task, seed=4)
-    edit = bl.RandomBasis().edit(el.select(scored, 0.01), search)
+    few = spectra.select(matrices=["W_K", "W_out"])
+    edit = bl.RandomBasis(fractions=(0.05,)).fit(model, few, task, seed=4).edit
+    assert set(edit.frozen.components["matrix"]) <= {"W_K", "W_out"}
+    edit.save(tmp_path / "edit.safetensors")
+    again = bl.load_edit(tmp_path / "edit.safetensors")
+    assert (again.frozen.basis, again.frozen.seed, again.frozen.spectra) == ("random", 4, None)
+    one, two = (bl.measure(model, task.test, e).examples for e in (edit, again))
+    pd.testing.assert_frame_equal(one, two, rtol=1e-9)
+
+
+def test_adding_the_means_alone_is_no_frozen_set_file(arith, scored, tmp_path):
+    model, spectra, task = arith
+    edit = bl.FreezingPart(fractions=(0.01,)).fit(model, spectra, task).edit
     edit.save(tmp_path / "edit.safetensors")
     with pytest.raises(FileFormatError, match="another kind"):
         el.FrozenSet.load(tmp_path / "edit.safetensors")
 
 
-def test_parts_of_a_freeze_add_up(tiny):
+def test_bases_have_the_components_of_the_same_matrices(arith):
+    model, spectra, task = arith
+    search = bl.Search(model, spectra.select(["W_V", "W_O", "W_out"], [1]), task)
+    names = {basis: list(search.in_basis(basis).spectra) for basis in ("qk_ov", "neurons", "pca")}
+    assert names == {
+        "qk_ov": ["blocks.1.OV"],
+        "neurons": ["blocks.1.W_out"],
+        "pca": ["blocks.1.W_V", "blocks.1.W_O", "blocks.1.W_out"],
+    }
+    assert search.in_basis("svd") is search
+    with pytest.raises(ValueError, match="QK and OV"):
+        bl.Search(model, spectra.select(["W_Q"]), task).in_basis("qk_ov")
+
+
+@pytest.mark.parametrize(("kind", "module"), [("W_out", "mlp.out"), ("W_O", "attn.o")])
+def test_parts_of_a_freeze_add_up(tiny, kind, module):
     """y + bias, y − x E, and y − x E + bias: in one linear map, changes are additive."""
     model = tiny("gpt2")
-    spectra = el.decompose(model, ["W_out"], [1], progress=False)
+    spectra = el.decompose(model, [kind], [1], progress=False)
     frozen = el.select(el.score(model, spectra, EQUAL, progress=False), 0.4)
-    hook = "blocks.1.mlp.out.hook_out"
+    hook = f"blocks.1.{module}.hook_out"
     (batch,) = make_batches(EQUAL, model, 6)
 
     def output(edit=None):
@@ -193,11 +220,14 @@ def test_parts_of_a_freeze_add_up(tiny):
 
     plain = output()
     bias = output(Freeze(model, frozen, bias_only=True)) - plain
-    zero = output(el.freeze(model, zeroed(frozen))) - plain
+    zero = output(el.freeze(model, zeroed(model, frozen))) - plain
     both = output(el.freeze(model, frozen)) - plain
     torch.testing.assert_close(bias + zero, both, rtol=1e-10, atol=1e-12)
     assert bias.std(0).max() < 1e-12 < bias.abs().max()  # the same for all examples
-    flat = output(el.freeze(model, position_free(frozen))) - plain - zero
+    search = bl.Search(model, spectra, Task("t", EQUAL, EQUAL, EQUAL))
+    shared = bl.FreezingPart(part="position-free").edit(frozen, search).frozen
+    assert shared.means.is_shared
+    flat = output(el.freeze(model, shared)) - plain - zero
     assert flat.flatten(0, 1).std(0).max() < 1e-12 < bias[0].std(0).max()
 
 

@@ -57,7 +57,7 @@ def adapter(model, kind):
 def trainables(model):
     yield adapter(model, "lora")
     yield adapter(model, "ia3")
-    factors = TrainableFactors(el.decompose(model, progress=False))
+    factors = TrainableFactors(model, el.decompose(model, progress=False))
     for i, parameter in enumerate(factors.parameters):
         parameter.data += 0.3 * torch.sin(torch.arange(parameter.numel()) + i).view_as(parameter)
     yield factors
@@ -84,6 +84,18 @@ def test_merged_logits_are_those_of_the_live_layers(tiny, family):
         torch.testing.assert_close(merged, live, rtol=1e-9, atol=1e-9)
         assert torch.equal(logits(model), before)
     assert model_fingerprint(model) == first
+
+
+def test_a_seed_draws_an_adapter_and_nothing_else(tiny, monkeypatch):
+    """torch.manual_seed would also seed every GPU, and nothing would put that back."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs were seeded"))
+    model, before = tiny("llama"), torch.get_rng_state()
+    matrices = el.weight_matrices(model, ["W_K"])
+    config = peft.LoraConfig(r=2, target_modules=[m.name.replace(".", "-") for m in matrices])
+    first, again, other = (LowRankAdapter(matrices, config, seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.parameters[0], again.parameters[0])
+    assert not torch.equal(first.parameters[0], other.parameters[0])
 
 
 NAMES = {
@@ -150,11 +162,11 @@ def test_pissa_starts_as_the_model_and_merges_as_it_runs(tiny_folder):
 def test_scaling_a_singular_value_is_scaling_it_in_numpy(tiny):
     model = tiny("llama")
     spectra = el.decompose(model, ["W_K", "W_O", "W_in"], progress=False)
-    made = TrainableFactors(spectra)
+    made = TrainableFactors(model, spectra)
     for parameter in made.parameters:
         parameter.data = torch.linspace(0.5, 2, parameter.numel()).view_as(parameter).double()
     edit = made.edit()
-    for matrix in spectra.matrices:
+    for matrix in el.weight_matrices(model, ["W_K", "W_O", "W_in"]):
         expected = []
         for head, factors in zip(matrix.weight.numpy(), edit.tensors[matrix.name], strict=True):
             u, s, vt = np.linalg.svd(head, full_matrices=False)

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from test_freezing import edited_by_hand
+from test_scores import one_pass
 from tiny_models import MIXED, dataset
 
 import eigenlens as el
 from eigenlens.gates import Gates
-from eigenlens.metrics import answer_logits, answer_loss
+from eigenlens.metrics import answer_logits
+from eigenlens.position_means import PositionMeans, Positions
 from eigenlens.positions import prompt_ends_at
 from eigenlens.scoring import scorer
-from eigenlens.scoring.scorer import forward_backward
 from eigenlens.tasks import make_batches
 
 LONG = dataset(
@@ -33,15 +34,8 @@ def by_hand(model, spectra, data, n_positions):
     """Means and effects where one loop over examples and tokens sorts tokens into buckets."""
     reads, examples = {}, []
     for row in range(len(data)):
-        (batch,) = make_batches(data.select([row]), model, 1)
-        found = {}
-
-        def keep(spectrum, x, g, values, found=found):
-            a, gradient = spectrum.reads(x)[0].flatten(1), spectrum.writes(g)[0].flatten(1)
-            found[spectrum.matrix.name] = (a, gradient)
-
-        forward_backward(model, list(spectra.values()), batch, answer_loss, keep)
-        a, g = (torch.cat([found[name][i] for name in spectra], dim=1) for i in (0, 1))
+        ((batch, seen),) = one_pass(model, list(spectra.values()), data.select([row]))
+        a, g = (torch.cat([seen[name][i][0].flatten(1) for name in spectra], dim=1) for i in (0, 1))
         buckets = [max(position, -n_positions - 1) for position in batch.positions]
         for bucket, value in zip(buckets, a, strict=True):
             reads.setdefault(bucket, []).append(value)
@@ -70,12 +64,13 @@ def test_means_and_effects_by_hand(tiny, n_positions):
             criterion=criterion,
             progress=False,
         )
-        assert list(scores.positions) == sorted(means)
-        assert scores.positions.start == -n_positions - 1
-        assert (scores.bucketed, scores.n_positions) == (True, n_positions)
-        for column, position in enumerate(scores.positions):
-            assert scores.count[column] == counts[position]
-            mean = scores.mean_activation[:, column]
+        known = scores.means
+        assert list(known.positions.range) == sorted(means)
+        assert known.positions.start == -n_positions - 1
+        assert (known.positions.bucketed, known.positions.n_positions) == (True, n_positions)
+        for column, position in enumerate(known.positions.range):
+            assert known.count[column] == counts[position]
+            mean = known.values[:, column]
             np.testing.assert_allclose(mean, means[position], atol=1e-10)
         found = scores.components
         np.testing.assert_allclose(found["effect"], effects.mean(0), atol=1e-10)
@@ -87,17 +82,17 @@ def test_means_and_effects_by_hand(tiny, n_positions):
 def test_enough_positions_are_as_without_buckets(tiny, criterion):
     model = tiny("gpt2")
     plain = scores_of(model, MIXED, criterion=criterion)
-    longest = -plain.positions.start
+    longest = -plain.means.positions.start
     for n_positions in (longest, longest + 3):
         found = scores_of(model, MIXED, criterion=criterion, n_positions=n_positions)
-        assert found.positions == plain.positions
-        assert not found.bucketed
-        np.testing.assert_array_equal(found.count, plain.count)
-        np.testing.assert_array_equal(found.mean_activation, plain.mean_activation)
+        assert found.means.positions == plain.means.positions
+        assert not found.means.positions.bucketed
+        np.testing.assert_array_equal(found.means.count, plain.means.count)
+        np.testing.assert_array_equal(found.means.values, plain.means.values)
         np.testing.assert_array_equal(found.delta_loss, plain.delta_loss)
     # A bucket of one position differs from it in name only.
     one = scores_of(model, MIXED, criterion=criterion, n_positions=longest - 1)
-    assert (one.positions, one.bucketed) == (plain.positions, True)
+    assert one.means.positions == replace(plain.means.positions, bucketed=True)
     np.testing.assert_array_equal(one.delta_loss, plain.delta_loss)
     with pytest.raises(ValueError, match="n_positions=-1 is negative"):
         scores_of(model, MIXED, n_positions=-1)
@@ -112,8 +107,8 @@ def test_a_much_longer_neighbour_has_no_influence(tiny, family):
         together = scores_of(model, LONG, batch_size=6, **options)
         scale = np.abs(alone.delta_loss).max()
         np.testing.assert_allclose(together.delta_loss, alone.delta_loss, atol=1e-9 * scale)
-        np.testing.assert_allclose(together.mean_activation, alone.mean_activation, atol=1e-9)
-        np.testing.assert_array_equal(together.count, alone.count)
+        np.testing.assert_allclose(together.means.values, alone.means.values, atol=1e-9)
+        np.testing.assert_array_equal(together.means.count, alone.means.count)
 
 
 @pytest.mark.parametrize("n_positions", [None, 2])
@@ -132,20 +127,21 @@ def test_more_padding_has_no_influence(tiny, monkeypatch, n_positions, criterion
                     [torch.zeros(len(batch), 7, dtype=torch.bool), batch.attention_mask], dim=1
                 ),
                 n_prompt=batch.n_prompt + 7,
+                is_padded=True,
             )
             for batch in make_batches(data, model, batch_size, **options)
         ]
 
     monkeypatch.setattr(scorer, "make_batches", padded_further)
     padded = scores_of(model, MIXED, n_positions=n_positions, criterion=criterion)
-    extra = len(padded.positions) - len(plain.positions)
+    extra = len(padded.means.positions) - len(plain.means.positions)
     assert extra == (7 if n_positions is None else 0)
-    assert not padded.count[:extra].any()
-    np.testing.assert_array_equal(padded.count[extra:], plain.count)
+    assert not padded.means.count[:extra].any()
+    np.testing.assert_array_equal(padded.means.count[extra:], plain.means.count)
     scale = np.abs(plain.delta_loss).max()
     np.testing.assert_allclose(padded.delta_loss, plain.delta_loss, atol=1e-9 * scale)
     np.testing.assert_allclose(
-        padded.mean_activation[:, extra:], plain.mean_activation, rtol=1e-9, atol=1e-10
+        padded.means.values[:, extra:], plain.means.values, rtol=1e-9, atol=1e-10
     )
 
 
@@ -176,13 +172,16 @@ def test_a_bucket_equals_its_mean_at_every_position(tiny):
     frozen = el.select(scores_of(model, LONG, n_positions=3), 0.3)
     (longest,) = make_batches(LONG.select([len(LONG) - 1]), model, 1)
     spread = longest.n_prompt - 4
-    columns = [0] * spread + list(range(len(frozen.positions)))
+    known = frozen.means
+    columns = [0] * spread + list(range(len(known.positions)))
     spelled_out = replace(
         frozen,
-        mean_activation=frozen.mean_activation[:, columns],
-        positions=range(frozen.positions.start - spread, frozen.positions.stop),
-        count=frozen.count[columns],
-        bucketed=False,
+        means=PositionMeans(
+            Positions(known.positions.start - spread, known.positions.stop),
+            known.count[columns],
+            known.values[:, columns],
+            known.fallback,
+        ),
     )
     for batch in make_batches(LONG, model, 2):
         with torch.no_grad(), el.freeze(model, frozen):
@@ -198,9 +197,9 @@ def test_saved_scores_and_gates_keep_the_buckets(tiny, tmp_path):
     scores = el.score(model, spectra, LONG, n_positions=2, progress=False)
     scores.save(tmp_path / "scores.parquet")
     again = el.Scores.load(tmp_path / "scores.parquet")
-    assert (again.bucketed, again.positions) == (True, scores.positions)
-    assert again.n_positions == 2
-    np.testing.assert_array_equal(again.mean_activation, scores.mean_activation)
+    assert again.means.positions == scores.means.positions
+    assert again.means.positions.n_positions == 2
+    np.testing.assert_array_equal(again.means.values, scores.means.values)
     with Gates(model, scores) as gates:
         # At zero the gradient by the gates is the score itself.
         slopes = [gates.gradient(batch)[1] for batch in make_batches(LONG, model, 3)]

@@ -87,7 +87,7 @@ def test_with_the_whole_norm_edges_out_sum_to_the_score_in_every_family(tiny, fa
 
 
 def sides(model, spectrum):
-    """What components read, as columns, and write, as rows, by head: ``E_i = r_i w_i``."""
+    """``r_i`` as columns and ``w_i`` as rows, by head; ``E_i = r_i w_i`` is part of the weight."""
     weight = spectrum.site.find(model).weight.detach()
     if spectrum.site.side == "in":
         return spectrum.read, spectrum.write @ weight

@@ -18,6 +18,7 @@ from eigenlens.faithfulness import (
     top_k,
 )
 from eigenlens.frozen_set import FrozenSet
+from eigenlens.scoring import single_effects
 
 
 def losses(model, data):
@@ -149,12 +150,17 @@ def test_stability_of_the_same_and_of_the_opposite():
         stability(values[None], 3)
 
 
-def test_bootstrap_scores_are_scores_of_resamples(tiny):
+@pytest.mark.parametrize("criterion", ["mean", "fisher", "margin", "ucb"])
+def test_bootstrap_scores_are_scores_of_resamples(tiny, criterion):
+    """Stored effects, weighted anew, are what scoring the resample under the same means gives."""
     model = tiny("gpt2")
     spectra = el.decompose(model, progress=False)
-    found = bootstrap_scores(model, spectra, MIXED, n_resamples=3, seed=1)
-    rows = np.random.default_rng(1).integers(0, len(MIXED), len(MIXED))
-    first = el.score(model, spectra, MIXED.select(rows), progress=False)
-    np.testing.assert_allclose(found[0], first.delta_loss)
+    scores = el.score(model, spectra, MIXED, criterion=criterion, progress=False)
+    single = single_effects(model, scores, MIXED, progress=False)
+    found = bootstrap_scores(single, n_resamples=3, seed=1)
+    counts = np.random.default_rng(1).multinomial(len(MIXED), np.full(len(MIXED), 1 / len(MIXED)))
+    resample = MIXED.select(np.repeat(np.arange(len(MIXED)), counts))
+    first = el.score(model, spectra, resample, criterion=criterion, means=scores, progress=False)
+    np.testing.assert_allclose(found[0], first.delta_loss, atol=1e-10)
     assert found.shape == (3, len(first))
     assert not np.allclose(found[0], found[1])

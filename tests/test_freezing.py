@@ -1,5 +1,7 @@
 """Freezing against edited weights, undone exactly, aligned from the end of the prompt."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,12 @@ def logits(model, data, batch_size=8):
 
 
 def edited_by_hand(model, frozen, batch):
-    """Logits of a model whose weights are edited and whose outputs get the position bias."""
+    """Logits of a model whose weights are edited and whose outputs get the position bias.
+
+    Of component i, ``z σ_i u_i v_iᵀ`` of LAPACK is taken off the weight, and what the component
+    writes when its coordinate has its mean is added to the output at each position; a coordinate of
+    the output counts the bias of the map, which stays.
+    """
     table = frozen.components
     hooks, kept = [], []
     try:
@@ -34,16 +41,25 @@ def edited_by_hand(model, frozen, batch):
                 continue
             u, s, vh = torch.linalg.svd(matrix.weight, full_matrices=False)
             change = torch.zeros_like(matrix.weight)
-            bias = torch.zeros(len(frozen.positions), matrix.n_heads, matrix.d_out, dtype=u.dtype)
+            n_pos = len(frozen.means.positions)
+            bias = torch.zeros(n_pos, matrix.n_heads, matrix.d_out, dtype=u.dtype)
+            own_bias = torch.zeros(matrix.n_heads, matrix.d_out, dtype=u.dtype)
+            if matrix.bias is not None and matrix.head_axis != "in":
+                own_bias = matrix.bias.view(matrix.n_heads, matrix.d_out)
             for row, head, i, z in zip(
                 mine.index, mine["head"], mine["index"], mine["strength"], strict=True
             ):
                 e = s[head, i] * torch.outer(u[head, :, i], vh[head, i])
                 change[head] += z * e
-                # v_i without its sign convention: fix it by u_i's largest entry, as documented
-                sign = torch.sign(u[head, :, i][u[head, :, i].abs().argmax()])
-                mean = torch.tensor(frozen.mean_activation[row])
-                bias[:, head] += z * mean[:, None] * (sign * vh[head, i])
+                own = vh[head, i] if matrix.side == "out" else u[head, :, i]
+                # the sign convention: the entry of the small side with the largest magnitude
+                sign = torch.sign(own[own.abs().argmax()])
+                mean = torch.tensor(frozen.means.values[row])
+                if matrix.side == "out":
+                    written = mean - own_bias[head] @ (sign * own)
+                else:
+                    written = mean * s[head, i]
+                bias[:, head] += z * written[:, None] * (sign * vh[head, i])
             kept.append((matrix.module.weight, matrix.module.weight.data.clone()))
             flat = (
                 change.transpose(0, 1).flatten(1)
@@ -52,7 +68,7 @@ def edited_by_hand(model, frozen, batch):
             )
             matrix.flat_weight.data.sub_(flat)
             total = bias.flatten(1) if matrix.head_axis == "out" else bias.sum(1)
-            first = batch.positions.start - frozen.positions.start
+            first = batch.positions.start - frozen.means.positions.start
             here = total[first : first + len(batch.positions)]
             hooks.append(
                 (matrix.hook_out, lambda y, hook, here=here: y + here.view(1, *y.shape[1:]))
@@ -79,15 +95,7 @@ def test_hooks_equal_edited_weights_and_position_bias(tiny, family):
 def test_attenuation_is_in_between(tiny):
     model = tiny("llama")
     frozen = frozen_half(model)
-    half = el.FrozenSet(
-        frozen.components.assign(strength=0.5),
-        frozen.mean_activation,
-        frozen.fallback,
-        frozen.positions,
-        frozen.count,
-        frozen.n_candidates,
-        frozen.provenance,
-    )
+    half = replace(frozen, components=frozen.components.assign(strength=0.5), spectra=None)
     (batch,) = make_batches(EQUAL, model, 6)
     with torch.no_grad(), el.freeze(model, half):
         hooked = answer_logits(model, batch)
@@ -172,8 +180,7 @@ def test_keys_without_rotation_freeze_like_zero(tiny):
         sets = []
         for reference in ("mean", "zero"):
             scores = el.score(model, spectra, EQUAL, reference=reference, progress=False)
-            constant = scores.mean_activation.mean(1, keepdims=True) + 0 * scores.mean_activation
-            same = type(scores)(**{**vars(scores), "mean_activation": constant})
+            same = replace(scores, means=scores.means.shared())
             sets.append(el.FrozenSet.from_scores(same, np.arange(0, len(scores), 2)))
         found = []
         for frozen in sets:
@@ -219,7 +226,7 @@ def test_unseen_positions_get_the_mean_over_positions(tiny):
     (batch,) = make_batches(EQUAL, model, 6)
     _, seen = model.run_with_cache(batch.tokens, names_filter=[name])
     means = seen[name].mean((0, 1))
-    unseen = 12 + frozen.positions.start
+    unseen = 12 + frozen.means.positions.start
     assert unseen > 5
     torch.testing.assert_close(
         cache[name][0, :unseen], means.expand(unseen, -1), rtol=1e-9, atol=1e-10
@@ -351,3 +358,42 @@ def test_strengths_and_doubles_are_checked(tiny):
             el.FrozenSet.from_scores(scores, np.array([1]), strength=strength)
     with pytest.raises(ValueError, match="twice"):
         el.FrozenSet.from_scores(scores, np.array([1, 1]))
+
+
+def test_an_edit_says_whether_it_is_on(tiny):
+    """In a cell of a notebook, a bare freeze(model, frozen) must not look like an edit."""
+    model = tiny("gpt2")
+    frozen = frozen_half(model)
+    edit = el.freeze(model, frozen)
+    assert "NOT applied" in repr(edit)
+    assert "with eigenlens.freeze(model, frozen)" in repr(edit)
+    edit.apply()
+    assert "on now; undo()" in repr(edit)
+    edit.undo()
+
+
+def test_shared_means_are_the_same_at_every_position(tiny):
+    """One constant for all positions: an edit of weights and biases alone."""
+    model = tiny("phi")
+    spectra = el.decompose(model, ["W_in", "W_out"], progress=False)
+    scores = el.score(model, spectra, MIXED, reference="shared", progress=False)
+    frozen = el.FrozenSet.from_scores(scores, np.arange(0, len(scores), 3), 0.7)
+    tokens = torch.randint(3, 60, (2, 9))
+    with torch.no_grad(), el.freeze(model, frozen):
+        hooked = model(tokens)
+    other = el.load_model(model.cfg.model_name, dtype=torch.float64, device="cpu")
+    for name, rows in frozen.by_site():
+        s = spectra[name]
+        matrix = s.site.find(other)
+        own = s.subset(*(frozen.components[c].to_numpy()[rows] for c in ("head", "index")))
+        q = own.read[0]
+        mean = torch.tensor(frozen.means.fallback[rows])
+        weight, bias = matrix.flat_weight.clone(), matrix.bias.clone()
+        if s.site.side == "in":
+            matrix.flat_weight.data.sub_(0.7 * q @ (q.T @ weight))
+            matrix.module.bias.data.add_(0.7 * mean @ (q.T @ weight))
+        else:
+            matrix.flat_weight.data.sub_(0.7 * (weight @ q) @ q.T)
+            matrix.module.bias.data.add_(0.7 * (mean - bias @ q) @ q.T)
+    with torch.no_grad():
+        torch.testing.assert_close(other(tokens), hooked, rtol=1e-9, atol=1e-10)

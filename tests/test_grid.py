@@ -66,7 +66,7 @@ def test_a_cell_is_the_method_by_hand(run, arith):
     assert row["forward_examples"] == found.cost.forward_examples
     # the control is matched to that very set, and the keys are all that "keys" may touch
     assert (own.loc["random", "components"] == row["components"]).all()
-    assert own.loc["keys", "components"] == round(0.1 * spectra.of_kinds(["W_K"]).n_components)
+    assert own.loc["keys", "components"] == round(0.1 * spectra.select(["W_K"]).n_components)
     assert pd.isna(own.loc["LASER", "components"])
 
 
@@ -238,14 +238,27 @@ def test_learned_is_the_search_of_that_name(arith):
     options = {"steps": 20, "every": 5}
     found = bl.Learned(options=options).fit(model, spectra, task, seed=3)
     scores = el.score(model, spectra, task.train, criterion="mean", progress=False)
-    by_hand = el.learned(
-        model, scores, task.train, task.validation, seed=3, progress=False, **options
-    )
+    config = el.LearnedConfig(seed=3, **options)
+    by_hand = el.learned(model, scores, task.train, task.validation, config, progress=False)
     pd.testing.assert_frame_equal(found.edit.frozen.components, by_hand.frozen.components)
-    random = bl.Learned(basis="random", options=options).fit(model, spectra, task, seed=3)
-    assert random.validation.n == 20
-    with pytest.raises(ValueError, match="basis='fourier': choose from singular, random"):
+    with pytest.raises(ValueError, match="basis='fourier': choose from svd, qk_ov, random"):
         bl.Learned(basis="fourier")
+
+
+@pytest.mark.parametrize("basis", ["random", "qk_ov", "neurons", "pca"])
+def test_gates_go_on_every_basis_and_are_read_back(arith, basis, tmp_path):
+    model, spectra = arith
+    task = el.load_task("ambiguous", reading="sum", **SIZES)
+    options = {"steps": 20, "every": 5, "lr": 1.0}
+    learned = bl.Learned(basis=basis, options=options)
+    assert learned.name == f"eigenpruning, learned, frozen, {basis} basis"
+    edit = learned.fit(model, spectra, task, seed=3).edit
+    assert edit.frozen.basis == basis
+    assert len(edit.frozen) > 0
+    edit.save(tmp_path / "edit.safetensors")
+    again = bl.load_edit(tmp_path / "edit.safetensors")
+    one, two = (bl.measure(model, task.test, e).examples["loss"] for e in (edit, again))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
 
 
 def test_parts_of_a_given_set_need_no_ranking(arith):
@@ -255,7 +268,7 @@ def test_parts_of_a_given_set_need_no_ranking(arith):
     frozen = el.select(scores, count=7)
     found = bl.FreezingPart(part="zero", like=(frozen,)).fit(model, spectra, task)
     assert found.cost.backward_passes == 0
-    assert found.edit.frozen.mean_activation.max() == 0
+    assert found.edit.frozen.means.is_shared
     pd.testing.assert_frame_equal(found.edit.frozen.components, frozen.components)
 
 

@@ -142,20 +142,6 @@ def test_presets(config):
     paper = el.EigenpruneConfig.preset("paper", model=config.model, task="int_add")
     assert paper.search_args == {"fractions": [0.01, 0.05, 0.1], "or_nothing": False}
     assert (paper.criterion, paper.reference) == ("max", "mean")
-    for finetune in (False, True):
-        code = el.EigenpruneConfig.preset(
-            "reference_code",
-            model=config.model,
-            task="int_add",
-            task_args=ARGS,
-            device="cpu",
-            reference_code={"finetune": finetune},
-        )
-        result = pipeline.run(code, progress=False)
-        assert set(result.frozen.to_pandas()["matrix"]) == {"W_K"}
-        assert len(result.frozen) == int(0.3 * len(result.scores))
-    with pytest.raises(ValueError, match="reference_code goes with"):
-        el.EigenpruneConfig.preset("reference_code", search="learned", search_args={})
 
 
 def test_the_fraction_is_chosen_on_validation(config, tiny_folder):

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eigenlens as el
 from eigenlens import pipeline
 from eigenlens.metrics import answer_loss
+from eigenlens.passes import FiniteCheck, forward_backward
 from eigenlens.provenance import model_fingerprint
-from eigenlens.scoring.scorer import forward_backward
 from eigenlens.tasks import make_batches
 
 
@@ -63,10 +63,11 @@ def test_no_activation_outlives_its_batch(tiny):
     (batch,) = make_batches(EQUAL, model, 6)
     alive = []
 
-    def handle(spectrum, x, g, values):
-        alive.append((weakref.ref(x), weakref.ref(g)))
+    def handle(site, h, g, values):
+        alive.append((weakref.ref(h), weakref.ref(g)))
 
-    forward_backward(model, spectra.values(), batch, answer_loss, handle)
+    sites = [s.site for s in spectra.values()]
+    forward_backward(model, sites, batch, answer_loss, handle, FiniteCheck())
     gc.collect()
     assert len(alive) == len(spectra)
     assert all(x() is None and g() is None for x, g in alive)
@@ -78,7 +79,7 @@ def test_sums_do_not_grow_with_the_data(tiny):
     spectra = el.decompose(model, progress=False)
     few = el.score(model, spectra, EQUAL.select(range(2)), progress=False)
     many = el.score(model, spectra, EQUAL, progress=False)
-    assert few.mean_activation.shape == many.mean_activation.shape
+    assert few.means.values.shape == many.means.values.shape
     assert np.isfinite(many.delta_loss).all()
 
 

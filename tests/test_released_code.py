@@ -1,5 +1,7 @@
 """The released code's arithmetic, against loops over singular values that follow its text."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,11 @@ from eigenlens.paper.released_code import (
     ReferenceCode,
     finetuned,
     raw_input_hook,
+    run_like_released,
     score_like_reference,
     select_like_reference,
 )
+from eigenlens.provenance import model_fingerprint
 from eigenlens.tasks import make_batches
 
 ALL_DATA = {"batch_size": len(EQUAL)}
@@ -35,11 +39,20 @@ def cached(model):
     return inputs, grads
 
 
-def projected(spectrum, x, head, index):
-    u, s = spectrum.u[head, :, index], spectrum.sigma[head, index]
-    if spectrum.matrix.head_axis == "in":
-        x = x.flatten(2).unflatten(2, (spectrum.matrix.n_heads, -1))[:, :, head]
-    return s * (x.flatten(2) @ u)
+def own_head(value, matrix, side, head):
+    value = value.flatten(2)
+    return (
+        value.unflatten(2, (matrix.n_heads, -1))[:, :, head] if matrix.head_axis == side else value
+    )
+
+
+def triple(matrix, spectrum, head, index):
+    """σ, u, v of one component, the sign of its direction on the small side as in the spectrum."""
+    u, s, vt = np.linalg.svd(matrix.weight[head].numpy(), full_matrices=False)
+    u, v = torch.tensor(u[:, index]), torch.tensor(vt[index])
+    own = spectrum.read[head, :, index]
+    sign = torch.sign((u if spectrum.site.side == "in" else v) @ own)
+    return s[index], sign * u, sign * v
 
 
 @pytest.mark.parametrize("family", FAMILY)
@@ -50,19 +63,27 @@ def test_scores_and_bias_equal_a_loop(tiny, family):
     inputs, grads = cached(model)
     order = np.random.default_rng(0).permutation(len(EQUAL))  # neighbours in the shuffled batch
     table = found.components
-    n_prompt = -found.positions.start
+    assert found.means.positions.stop == 0
     for row in range(0, len(table), 29):
         layer, kind, head, index = table.loc[row, ["layer", "matrix", "head", "index"]]
         spectrum = spectra[f"blocks.{layer}.{kind}"]
-        a = projected(spectrum, inputs[raw_input_hook(model, spectrum.matrix)], head, index)[order]
-        g = grads[spectrum.matrix.hook_out].flatten(2)[order]
-        if spectrum.matrix.head_axis == "out":
-            g = g.unflatten(2, (spectrum.matrix.n_heads, -1))[:, :, head]
-        effect = (a.roll(1, 0) - a) * (g @ spectrum.vh[head, index])
+        matrix = spectrum.site.find(model)
+        sigma, u, v = triple(matrix, spectrum, head, index)
+        x = own_head(inputs[raw_input_hook(model, matrix)], matrix, "in", head)[order]
+        a = sigma * (x @ u)
+        g = own_head(grads[matrix.hook_out], matrix, "out", head)[order]
+        effect = (a.roll(1, 0) - a) * (g @ v)
         assert found.delta_loss[row] == pytest.approx(float(effect.max()), abs=1e-9)
-        per_position = a.mean(0).numpy()
-        expected = per_position if kind == "W_O" else np.full(n_prompt, per_position.sum())
-        np.testing.assert_allclose(found.mean_activation[row, :n_prompt], expected, atol=1e-9)
+        mean = a.mean(0).numpy()
+        mean = mean if kind == "W_O" else np.full(len(mean), mean.sum())
+        # handed on as coordinates: those of outputs hold the bias, those of inputs have length one
+        if spectrum.site.side == "in":
+            mean = mean / sigma
+        elif matrix.bias is not None:
+            heads = matrix.bias.view(matrix.n_heads, -1)
+            mean = mean + float(heads[head] @ v)
+        np.testing.assert_allclose(found.means.values[row], mean, atol=1e-9)
+        assert found.means.fallback[row] == pytest.approx(mean.mean(), abs=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILY)
@@ -84,7 +105,8 @@ def test_with_every_switch_off_it_is_our_mean_score(tiny, family):
     found = score_like_reference(model, spectra, EQUAL, ReferenceCode(**off, batch_size=4))
     ours = el.score(model, spectra, EQUAL, progress=False)
     np.testing.assert_allclose(found.delta_loss, ours.delta_loss, atol=1e-9)
-    np.testing.assert_allclose(found.mean_activation, ours.mean_activation, atol=1e-9)
+    np.testing.assert_allclose(found.means.values, ours.means.values, atol=1e-9)
+    np.testing.assert_allclose(found.means.fallback, ours.means.fallback, atol=1e-9)
     chosen = select_like_reference(found, 0.25, ReferenceCode(**off))
     assert chosen.to_pandas().equals(el.select(ours, 0.25, within="matrix").to_pandas())
 
@@ -133,3 +155,39 @@ def test_finetuning_learns_and_is_taken_back(tiny):
     with pytest.raises(RuntimeError):
         fail()
     assert el.evaluate(model, EQUAL).loss == loss
+
+
+def test_it_runs_as_a_whole_and_leaves_the_model_as_it_was(tiny_folder):
+    """The main script: 30 % of the keys by its scores; and what its fine-tuning would do alone."""
+    model = el.load_model(tiny_folder("llama"), device="cpu")
+    task = el.load_task("int_add", model.tokenizer, low=1, high=12, n_train=40, n_test=12)
+    plain, fingerprint = el.evaluate(model, task.test), model_fingerprint(model)
+    for finetune in (False, True):
+        switches = ReferenceCode(finetune=finetune)
+        found = run_like_released(model, task, switches, seed=3)
+        assert model_fingerprint(model) == fingerprint
+        assert found.before.examples.equals(plain.examples)
+        assert set(found.search.frozen.to_pandas()["matrix"]) == {"W_K"}
+        assert len(found.search.frozen) == int(0.3 * len(found.scores))
+        with finetuned(model, task.train, seed=3) if finetune else nullcontext():
+            spectra = el.decompose(model, ["W_K"], progress=False)
+            scores = score_like_reference(model, spectra, task.train, switches, seed=3)
+            with el.freeze(model, select_like_reference(scores, 0.3, switches)):
+                after = el.evaluate(model, task.test)
+        assert found.after.examples.equals(after.examples)
+        assert found.comparison.summary() == el.compare(plain, after, seed=3).summary()
+
+
+def test_it_chooses_its_quota_on_validation(tiny_folder):
+    model = el.load_model(tiny_folder("gpt2"), device="cpu")
+    task = el.load_task("int_add", model.tokenizer, low=1, high=12, n_train=40, n_test=12)
+    quotas = (0.1, 0.4, 0.8)
+    found = run_like_released(model, task, fractions=quotas, matrices=None)
+    losses = {}
+    for quota in quotas:
+        frozen = select_like_reference(found.scores, quota)
+        with el.freeze(model, frozen):
+            validated = el.evaluate(model, task.validation)
+        losses[len(frozen)] = (-validated.accuracy, validated.loss)
+    assert len(found.search.frozen) == min(losses, key=losses.get)
+    assert found.search.trace["fraction"].tolist() == list(quotas)

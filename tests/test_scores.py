@@ -7,15 +7,15 @@ from tiny_models import EQUAL, FAMILIES, MIXED, dataset
 from transformers.pytorch_utils import Conv1D
 
 import eigenlens as el
+from eigenlens.exact import exact_effects
+from eigenlens.far_side import input_vectors, output_vectors
 from eigenlens.metrics import answer_logits, answer_loss, kl_to_unedited, logit_diff
-from eigenlens.scoring.accumulators import CrossMoments, EffectMoments
+from eigenlens.passes import FiniteCheck, forward_backward
+from eigenlens.position_means import Positions
+from eigenlens.scoring import single_effects
+from eigenlens.scoring.accumulators import ActivationSums, CrossSums, EffectSums, margin_effect
 from eigenlens.scoring.by_cache import effects_by_cache
-from eigenlens.scoring.scorer import (
-    forward_backward,
-    position_range,
-    position_rows,
-    varying_positions,
-)
+from eigenlens.scoring.scorer import varying_positions
 from eigenlens.tasks import make_batches
 
 
@@ -28,8 +28,9 @@ def spectra_of(model, **options):
 
 
 def gradient_of_sigma(model, spectra, data):
-    """``∂L/∂σ_i`` of the mean loss, by autograd through the weights themselves."""
-    weights = [s.matrix.module.weight for s in spectra.values()]
+    """``σ_i ∂L/∂σ_i`` of the mean loss, by autograd through the weights themselves."""
+    matrices = [s.site.find(model) for s in spectra.values()]
+    weights = [m.module.weight for m in matrices]
     for weight in weights:
         weight.requires_grad_(True)
     try:
@@ -40,14 +41,14 @@ def gradient_of_sigma(model, spectra, data):
         for weight in weights:
             weight.requires_grad_(False)
     found = []
-    for spectrum, grad in zip(spectra.values(), grads, strict=True):
-        m = spectrum.matrix
+    for spectrum, m, grad in zip(spectra.values(), matrices, grads, strict=True):
         flat = grad if isinstance(m.module, Conv1D) else grad.T
         if m.head_axis == "out":
             per_head = flat.unflatten(1, (m.n_heads, m.d_out)).transpose(0, 1)
         else:
             per_head = flat.unflatten(0, (m.n_heads, m.d_in))
-        found.append(torch.einsum("hir,hio,hro->hr", spectrum.u, per_head, spectrum.vh).flatten())
+        component = input_vectors(model, spectrum), per_head, output_vectors(model, spectrum)
+        found.append(torch.einsum("hir,hio,hro->hr", *component).flatten())
     return torch.cat(found).numpy() / len(data)
 
 
@@ -57,7 +58,7 @@ def test_zero_reference_is_minus_sigma_times_gradient(tiny, family, data):
     model = tiny(family)
     spectra = spectra_of(model)
     scores = quiet(model, spectra, data, reference="zero", batch_size=2)
-    expected = -scores.components["sigma"] * gradient_of_sigma(model, spectra, data)
+    expected = -gradient_of_sigma(model, spectra, data)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(scores.delta_loss, expected, rtol=1e-8, atol=1e-8 * scale)
 
@@ -84,7 +85,8 @@ def test_criteria_equal_hand_sums(tiny):
     np.testing.assert_allclose(scores.delta_loss, each.amax((0, 1)), atol=1e-12)
     np.testing.assert_allclose(scores.components["effect"], example.mean(0), atol=1e-12)
     np.testing.assert_allclose(scores.components["std"], example.std(0), atol=1e-10)
-    np.testing.assert_allclose(scores.stderr, example.std(0) / len(EQUAL) ** 0.5, atol=1e-10)
+    errors = scores.with_criterion("mean").stderr
+    np.testing.assert_allclose(errors, example.std(0) / len(EQUAL) ** 0.5, atol=1e-10)
     fisher = example.mean(0) + example.square().mean(0) / 2
     np.testing.assert_allclose(scores.with_criterion("fisher").delta_loss, fisher, atol=1e-9)
     losses = torch.tensor(el.evaluate(model, EQUAL).examples["loss"].to_numpy())[:, None]
@@ -107,21 +109,28 @@ def test_per_example_and_streaming_agree_for_every_reference(tiny):
         np.testing.assert_allclose(plain.delta_loss, errors.delta_loss, atol=1e-10)
 
 
+def one_pass(model, spectra, data, batch_size=8):
+    """Coordinates and slopes of every site, batch by batch."""
+    found = []
+    for batch in make_batches(data, model, batch_size):
+        sites = {s.site.name: s for s in spectra}
+        seen = {}
+
+        def keep(site, h, g, values, sites=sites, seen=seen):
+            s = sites[site.name]
+            seen[site.name] = s.coordinates(h), s.slopes(g)
+
+        forward_backward(model, [s.site for s in spectra], batch, answer_loss, keep, FiniteCheck())
+        found.append((batch, seen))
+    return found
+
+
 def test_resample_equals_swapping_by_hand(tiny):
     model = tiny("gpt2")
     spectra = spectra_of(model, matrices=["W_out"], layers=[1])
     pair = EQUAL.select([0, 1])
-    spectrum = spectra["blocks.1.W_out"]
-    xs, gs = [], []
-    for batch in make_batches(pair, model, 2):
-        forward_backward(
-            model,
-            [spectrum],
-            batch,
-            answer_loss,
-            lambda s, x, g, values: (xs.append(x), gs.append(g)),
-        )
-    a, g = spectrum.reads(xs[0]), spectrum.writes(gs[0])
+    ((_, seen),) = one_pass(model, spectra.values(), pair)
+    a, g = seen["blocks.1.W_out"]
     expected = ((a.flip(0) - a) * g).sum((0, 1)).flatten() / 2
     scores = quiet(model, spectra, pair, reference="resample", batch_size=2)
     np.testing.assert_allclose(scores.delta_loss, expected, atol=1e-12)
@@ -141,34 +150,132 @@ def test_first_order_matches_finite_difference_of_attenuation(tiny):
         assert slope == pytest.approx(scores.delta_loss[row], rel=1e-2, abs=1e-5)
 
 
-def test_halves_merge_to_the_whole(tiny):
+@pytest.mark.parametrize("whole", [True, False])
+def test_halves_merge_to_the_whole(tiny, whole):
     model = tiny("qwen3")
     spectrum = spectra_of(model, matrices=["W_K"], layers=[1])["blocks.1.W_K"]
     batches = make_batches(MIXED, model, 1)
-    positions = position_range(batches)
+    positions = Positions.of(batches)
 
-    def moments(part):
-        cross = CrossMoments.zeros(spectrum, len(positions))
-        single = EffectMoments.zeros(spectrum)
+    def sums(part):
+        slopes = ActivationSums.zeros(spectrum, len(positions) + 1)
+        cross = CrossSums.zeros(spectrum, whole=whole)
+        single = EffectSums.zeros(spectrum, by_position=whole)
         for batch in part:
-            rows = position_rows(batch, positions)
+            rows = positions.of_batch(batch)
 
-            def add(s, x, g, values, rows=rows, batch=batch):
-                cross.update(rows, x, g)
-                single.update(-s.reads(x) * s.writes(g), batch.attention_mask, values)
+            def add(site, h, g, values, rows=rows, batch=batch):
+                slopes.update(rows, g)
+                cross.update(spectrum, h, g)
+                effect = -spectrum.coordinates(h) * spectrum.slopes(g)
+                single.update(effect, batch.attention_mask, values)
 
-            forward_backward(model, [spectrum], batch, answer_loss, add)
-        return cross, single
+            forward_backward(model, [spectrum.site], batch, answer_loss, add, FiniteCheck())
+        return slopes, cross, single
 
-    whole, merged = (
-        moments(batches),
-        [a + b for a, b in zip(moments(batches[:2]), moments(batches[2:]), strict=True)],
-    )
-    for one, two in zip(whole, merged, strict=True):
+    for one, two in zip(
+        sums(batches),
+        [a + b for a, b in zip(sums(batches[:2]), sums(batches[2:]), strict=True)],
+        strict=True,
+    ):
         for name in vars(one):
             torch.testing.assert_close(
                 getattr(one, name), getattr(two, name), rtol=1e-12, atol=1e-14
             )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "falcon"])
+@pytest.mark.parametrize("reference", ["mean", "shared", "zero", "resample"])
+def test_projecting_batch_by_batch_gives_the_same(tiny, family, reference):
+    """Where there is no room for the sums of outer products."""
+    model = tiny(family)
+    spectra = spectra_of(model)
+    roomy, narrow = (
+        quiet(model, spectra, MIXED, reference=reference, batch_size=3, memory_gb=memory)
+        for memory in (1.0, 0.0)
+    )
+    scale = np.abs(roomy.delta_loss).max()
+    np.testing.assert_allclose(narrow.delta_loss, roomy.delta_loss, atol=1e-12 * scale)
+
+
+def test_shared_means_are_over_all_tokens(tiny):
+    model = tiny("llama")
+    spectra = spectra_of(model)
+    scores = quiet(model, spectra, MIXED, reference="shared", batch_size=3)
+    plain = quiet(model, spectra, MIXED, batch_size=3)
+    assert scores.means.is_shared
+    assert not plain.means.is_shared
+    np.testing.assert_allclose(scores.means.fallback, plain.means.fallback, atol=1e-12)
+    np.testing.assert_allclose(plain.means.shared().fallback, scores.means.fallback, atol=1e-12)
+    total, n = 0, 0
+    for batch, seen in one_pass(model, spectra.values(), MIXED, 2):
+        c = torch.cat([c.flatten(2) for c, _ in seen.values()], 2) if len(seen) > 1 else 0
+        order = [spectra[name] for name in spectra]
+        c = torch.cat([seen[s.name][0].flatten(2) for s in order], 2)
+        total = total + c[batch.attention_mask].sum(0)
+        n += int(batch.attention_mask.sum())
+    np.testing.assert_allclose(scores.means.fallback, total / n, atol=1e-10)
+    # The score is the slope of the loss along the strength of such a freeze.
+    row = int(np.argmax(np.abs(scores.delta_loss)))
+    frozen = el.FrozenSet.from_scores(scores, np.array([row]), strength=1e-6)
+    base = el.evaluate(model, MIXED, progress=False).loss
+    with el.freeze(model, frozen):
+        slope = (el.evaluate(model, MIXED, progress=False).loss - base) / 1e-6
+    assert slope == pytest.approx(scores.delta_loss[row], rel=1e-3)
+
+
+def test_margins_are_the_exact_change_of_a_binary_loss():
+    """A logistic loss whose log-odds really move linearly, from lost to saturated."""
+    odds = torch.tensor([-30.0, -3.0, 0.0, 2.0, 17.0, 25.0, 60.0], dtype=torch.float64)
+    move = torch.tensor([[-40.0, -1.0, -1e-9, 1e-9, 0.3, 40.0]], dtype=torch.float64)
+    loss = torch.nn.functional.softplus(-odds)
+    wrong = torch.sigmoid(-odds)[:, None]
+    expected = torch.nn.functional.softplus(-(odds[:, None] - move)) - loss[:, None]
+    for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        found = margin_effect((move * wrong).to(dtype), loss)
+        torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-12)
+    assert margin_effect(torch.full((1, 1), 1e-40), torch.zeros(1)).item() == pytest.approx(1e-40)
+
+
+def test_margin_of_a_saturated_answer(tiny_folder):
+    """A lead of 25: float32 had a loss of exactly 0, and margins of +40 nats for no effect."""
+    model = el.load_model(tiny_folder("gpt2"), dtype=torch.float32, device="cpu")
+    data = dataset([("1 + 2 =", " 3"), ("9 + 4 =", " 13")])
+    answer = model.tokenizer.encode(" 3", add_special_tokens=False)[0]
+    logits = torch.zeros(1, 1, 64)
+    logits[0, 0, answer] = 25.0
+    (batch,) = make_batches(data.select([0]), model, 1)
+    loss = answer_loss(logits, batch)
+    assert float(loss) == pytest.approx(63 * np.exp(-25.0), rel=1e-5)
+    model.ln_final.original_component.weight.data *= 1e4
+    spectra = spectra_of(model)
+    task = dataset([(p, "") for p in ("1 + 2 =", "9 + 4 =")])
+    sure = dataset([(p, " " + predicted(model, p)) for p in task["prompt"]])
+    assert el.evaluate(model, sure, progress=False).loss < 1e-6
+    scores = quiet(model, spectra, sure, criterion="margin")
+    assert np.isfinite(scores.delta_loss).all()
+    rows = np.argsort(-np.abs(scores.delta_loss))[:10]
+    exact = exact_effects(model, scores, rows, sure, progress=False).mean(1)
+    assert np.abs(scores.delta_loss[rows]).max() <= max(1.0, 3 * np.abs(exact).max())
+
+
+def predicted(model, prompt):
+    """The most likely next word."""
+    tokens = torch.tensor([model.tokenizer.encode(prompt, add_special_tokens=False)])
+    with torch.no_grad():
+        return model.tokenizer.decode([int(model(tokens)[0, -1].argmax())])
+
+
+def test_standard_errors_are_those_of_the_criterion(tiny):
+    model = tiny("llama")
+    scores = quiet(model, spectra_of(model), EQUAL, criterion="margin")
+    single = single_effects(model, scores, EQUAL, progress=False)
+    margins = single.margins.numpy()
+    np.testing.assert_allclose(scores.delta_loss, margins.mean(0), atol=1e-12)
+    expected = margins.std(0, ddof=1) / len(EQUAL) ** 0.5
+    np.testing.assert_allclose(scores.stderr, expected, atol=1e-9)
+    for criterion in ("fisher", "ucb"):
+        assert np.isnan(scores.with_criterion(criterion).stderr).all()
 
 
 def test_padding_has_no_influence(tiny):
@@ -181,7 +288,7 @@ def test_padding_has_no_influence(tiny):
             together = quiet(model, spectra, MIXED, batch_size=5, criterion=criterion)
             scale = np.abs(alone.delta_loss).max()
             np.testing.assert_allclose(together.delta_loss, alone.delta_loss, atol=1e-9 * scale)
-            np.testing.assert_allclose(together.mean_activation, alone.mean_activation, atol=1e-9)
+            np.testing.assert_allclose(together.means.values, alone.means.values, atol=1e-9)
 
 
 def test_means_are_over_all_batches_and_the_tokens_that_are_there(tiny):
@@ -193,16 +300,16 @@ def test_means_are_over_all_batches_and_the_tokens_that_are_there(tiny):
     sums = {}
     for row in range(len(MIXED)):
         (batch,) = make_batches(MIXED.select([row]), model, 1)
-        _, cache = model.run_with_cache(batch.tokens, names_filter=[spectrum.matrix.hook_in])
-        for position, a in zip(
-            batch.positions, spectrum.reads(cache[spectrum.matrix.hook_in])[0], strict=True
-        ):
-            sums.setdefault(position, []).append(a.flatten())
-    assert list(scores.positions) == sorted(sums)
-    for column, position in enumerate(scores.positions):
-        assert scores.count[column] == len(sums[position])
+        _, cache = model.run_with_cache(batch.tokens, names_filter=[spectrum.site.hook])
+        h = spectrum.site.split(cache[spectrum.site.hook], batch.tokens.shape[1])
+        for position, c in zip(batch.positions, spectrum.coordinates(h)[0], strict=True):
+            sums.setdefault(position, []).append(c.flatten())
+    means = scores.means
+    assert list(means.positions.range) == sorted(sums)
+    for column, position in enumerate(means.positions.range):
+        assert means.count[column] == len(sums[position])
         np.testing.assert_allclose(
-            scores.mean_activation[:, column], torch.stack(sums[position]).mean(0), atol=1e-10
+            means.values[:, column], torch.stack(sums[position]).mean(0), atol=1e-10
         )
 
 
@@ -211,15 +318,11 @@ def test_constant_positions_do_not_hide_harm(tiny):
     model = tiny("gpt2")
     data = dataset([(f"x 3 + {a}", f" {a + 2}") for a in (1, 5, 9)])
     batches = make_batches(data, model, 2)
-    assert varying_positions(batches, position_range(batches)).tolist() == [
-        False,
-        False,
-        False,
-        True,
-    ]
+    varies = varying_positions(batches, Positions.of(batches)).tolist()
+    assert varies[:-1] == [False, False, False, True]
     scores = quiet(model, spectra_of(model), data, criterion="max")
     assert (scores.delta_loss < 0).any()
-    blind = quiet(model, spectra_of(model), data, criterion="max", constant_positions=True)
+    blind = quiet(model, spectra_of(model), data, criterion="max_everywhere")
     assert (blind.delta_loss >= 0).all()
 
 
@@ -239,11 +342,11 @@ def test_inputs_are_what_the_matrix_multiplies(tiny):
     """Pitfall 5: inputs were taken before the norm, and W_out's before the activation."""
     for family in ("gpt2", "llama", "gemma2", "phi"):
         model = tiny(family)
-        spectra = spectra_of(model)
         (batch,) = make_batches(EQUAL, model, len(EQUAL))
-        names = [n for m in spectra.matrices for n in (m.hook_in, m.hook_out)]
+        matrices = el.weight_matrices(model)
+        names = [n for m in matrices for n in (m.hook_in, m.hook_out)]
         _, cache = model.run_with_cache(batch.tokens, names_filter=names)
-        for matrix in spectra.matrices:
+        for matrix in matrices:
             x, y = cache[matrix.hook_in].flatten(2), cache[matrix.hook_out].flatten(2)
             bias = matrix.bias if matrix.bias is not None else 0
             torch.testing.assert_close(x @ matrix.flat_weight + bias, y, rtol=1e-10, atol=1e-12)
@@ -299,7 +402,7 @@ def test_scores_of_a_bfloat16_model_accumulate_in_float32(tiny_folder):
     model = el.load_model(tiny_folder("llama"), dtype="bfloat16", device="cpu")
     exact = el.load_model(tiny_folder("llama"), dtype=torch.float32, device="cpu")
     spectra = spectra_of(model)
-    assert all(s.sigma.dtype == torch.float32 for s in spectra.values())
+    assert all(s.dtype == torch.float32 for s in spectra.values())
     coarse = quiet(model, spectra, EQUAL).delta_loss
     fine = quiet(exact, spectra_of(exact), EQUAL).delta_loss
     assert np.corrcoef(coarse, fine)[0, 1] > 0.9
@@ -321,7 +424,7 @@ def test_save_and_load(tiny, tmp_path):
     ]
     assert again.to_pandas().equals(scores.to_pandas())
     assert again.provenance == scores.provenance
-    np.testing.assert_array_equal(again.mean_activation, scores.mean_activation)
+    np.testing.assert_array_equal(again.means.values, scores.means.values)
     assert el.select(again, 0.2).to_pandas().equals(el.select(scores, 0.2).to_pandas())
 
 
@@ -330,8 +433,7 @@ def test_save_and_load(tiny, tmp_path):
     [
         ({"criterion": "median"}, "Unknown criterion 'median'"),
         ({"reference": "noise"}, "Unknown reference 'noise'"),
-        ({"matrices": ["W_X"]}, "Unknown matrix kind 'W_X'"),
-        ({"layers": [7]}, "Unknown layer 7"),
+        ({"n_positions": -1}, "n_positions=-1 is negative"),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )

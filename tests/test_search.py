@@ -12,15 +12,36 @@ from hypothesis import strategies as st
 from tiny_models import EQUAL, MIXED
 
 import eigenlens as el
+from eigenlens import provenance
 from eigenlens.gates import Gates
 from eigenlens.metrics import answer_logits, answer_loss
-from eigenlens.search import Protection, guarded, iterative, learned, one_shot
+from eigenlens.search import (
+    GuardedConfig,
+    LearnedConfig,
+    Protection,
+    guarded,
+    iterative,
+    learned,
+    one_shot,
+)
 from eigenlens.search.checked_steps import _hold_out, _try
 from eigenlens.search.gate_training import gated
 from eigenlens.search.ranking import scores_under
-from eigenlens.tasks import make_batches
+from eigenlens.tasks import make_batches, tokenising
 
 SMALL = {"batch_size": 60, "progress": False}
+
+
+def learn(*data, protect=None, checkpoint=None, **options):
+    config = LearnedConfig(batch_size=SMALL["batch_size"], **options)
+    return learned(*data, config, protect=protect, checkpoint=checkpoint, progress=False)
+
+
+def guard(*data, protect=None, checkpoint=None, **options):
+    config = GuardedConfig(batch_size=SMALL["batch_size"], **options)
+    return guarded(*data, config, protect=protect, checkpoint=checkpoint, progress=False)
+
+
 NONE = np.array([], dtype=int)
 
 
@@ -88,7 +109,10 @@ def test_gates_do_what_freezing_does(tiny, family, data):
 @pytest.mark.parametrize("criterion", ["mean", "fisher"])
 @pytest.mark.parametrize("n_positions", [None, 2])
 def test_scores_under_an_edit_are_the_gradients_of_its_gates(tiny, family, criterion, n_positions):
-    """Means stay those of the unedited model: what they are under the edit does not matter."""
+    """Means stay those of the unedited model: what they are under the edit does not matter.
+
+    To freeze what is frozen changes nothing, so its score is zero, whatever the slope of its gate.
+    """
     model = tiny(family)
     base = el.score(
         model,
@@ -102,22 +126,21 @@ def test_scores_under_an_edit_are_the_gradients_of_its_gates(tiny, family, crite
     z = torch.zeros(len(base), dtype=torch.float64)
     z[rows] = 1
     under = scores_under(model, base, rows, MIXED, batch_size=2)
-    np.testing.assert_allclose(
-        under.with_criterion("mean").delta_loss, gate_slopes(model, base, MIXED, z), atol=1e-10
-    )
+    open_ = 1 - z
+    expected = open_ * gate_slopes(model, base, MIXED, z)
+    np.testing.assert_allclose(under.with_criterion("mean").delta_loss, expected, atol=1e-10)
     part = MIXED.select([0, 1])  # on fewer examples, with positions that these lack
     some = scores_under(model, base, rows, part, batch_size=2)
-    np.testing.assert_allclose(
-        some.with_criterion("mean").delta_loss, gate_slopes(model, base, part, z), atol=1e-10
-    )
+    expected = open_ * gate_slopes(model, base, part, z)
+    np.testing.assert_allclose(some.with_criterion("mean").delta_loss, expected, atol=1e-10)
 
 
 def test_means_of_other_components_are_refused(tiny):
     model = tiny("gpt2")
     spectra = el.decompose(model, progress=False)
-    base = el.score(model, spectra, MIXED, matrices=["W_Q"], progress=False)
+    base = el.score(model, spectra.select(["W_Q"]), MIXED, progress=False)
     with pytest.raises(ValueError, match="The means are of"):
-        el.score(model, spectra, MIXED, matrices=["W_O"], means=base, progress=False)
+        el.score(model, spectra.select(["W_O"]), MIXED, means=base, progress=False)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
@@ -140,21 +163,20 @@ def test_gates_leave_the_model_after_an_exception(arith):
     with pytest.raises(RuntimeError):
         fail()
     assert loss(model, task.validation) == before
-    assert not any("forward" in vars(m.module) for m in el.weight_matrices(model))
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 @pytest.mark.parametrize("attenuate", [False, True])
 def test_learned_gates_help_and_leave_the_model_as_it_was(arith, attenuate):
     model, base, task = arith
     before = loss(model, task.validation)
-    found = learned(
+    found = learn(
         model,
         base,
         task.train,
         task.validation,
         steps=120,
         attenuate=attenuate,
-        **SMALL,
     )
     assert loss(model, task.validation) == before
     strength = found.frozen.to_pandas()["strength"]
@@ -179,7 +201,7 @@ def test_learned_gates_help_and_leave_the_model_as_it_was(arith, attenuate):
 def test_other_ways_to_train_gates_help_too(arith, options):
     model, base, task = arith
     data = (model, base, task.train, task.validation)
-    found = learned(*data, steps=120, **options, **SMALL)
+    found = learn(*data, steps=120, **options)
     assert (found.frozen.components["strength"] == 1).all()
     assert found.trace["validation_accuracy"].max() > found.trace["validation_accuracy"][0] + 0.2
 
@@ -190,7 +212,7 @@ def test_gates_start_in_the_order_of_the_scores(arith, monkeypatch):
     shown, show = [], Gates.set
     monkeypatch.setattr(Gates, "set", lambda self, z: (shown.append(z), show(self, z)))
     options = {"steps": 1, "lr": 1e-9, "start": 0.2, "spread": 1.0, "sharpness": 1.0}
-    learned(model, base, task.train, task.validation, attenuate=True, **options, **SMALL)
+    learn(model, base, task.train, task.validation, attenuate=True, **options)
     z = shown[-1].double().numpy()[np.argsort(base.delta_loss)]
     assert (np.diff(z) < 0).all()
     logits = np.log(z / (1 - z))
@@ -240,9 +262,7 @@ def test_guarded_never_ends_with_a_higher_calibration_loss(tiny, seed, step, sha
     model = tiny(family)
     data = MIXED
     base = el.score(model, el.decompose(model, progress=False), data, progress=False)
-    found = guarded(
-        model, base, data, data, step=step, steps=4, calibration=share, seed=seed, **SMALL
-    )
+    found = guard(model, base, data, data, step=step, steps=4, calibration=share, seed=seed)
     _, held_out = _hold_out(data, share, seed)
     before = el.evaluate(model, held_out).loss
     with el.freeze(model, found.frozen):
@@ -300,9 +320,7 @@ def killed_after(monkeypatch, looks):
             raise Killed
         return el.evaluate(*args, **kwargs)
 
-    for name in ("guarded", "iterative", "learned"):
-        # The packages' functions have the names of their modules.
-        monkeypatch.setattr(sys.modules[f"eigenlens.search.{name}"], "evaluate", dying)
+    monkeypatch.setattr("eigenlens.search.result.evaluate", dying)
 
 
 def run_search(name, arith, **more):
@@ -313,10 +331,10 @@ def run_search(name, arith, **more):
     if "iterative" in name:
         return iterative(*data, step=3, steps=4, **SMALL, **more)
     if "guarded" in name:
-        return guarded(*data, step=8, steps=3, **SMALL, **more)
+        return guard(*data, step=8, steps=3, **more)
     if "hard" in name:
         more["relax"] = "hard_concrete"
-    return learned(*data, steps=25, every=5, attenuate="attenuated" in name, **SMALL, **more)
+    return learn(*data, steps=25, every=5, attenuate="attenuated" in name, **more)
 
 
 @pytest.mark.parametrize(
@@ -360,21 +378,67 @@ def test_a_search_that_stopped_early_stays_where_it_stopped(arith, tmp_path):
 
 def test_guarded_goes_on_where_a_step_ran_out_of_trials(arith, monkeypatch):
     model, base, task = arith
-    monkeypatch.setattr(sys.modules["eigenlens.search.checked_steps"], "_TRIALS", 1)
-    found = guarded(model, base, task.train, task.validation, step=len(base), steps=4, **SMALL)
+    monkeypatch.setattr("eigenlens.search.checked_steps._TRIALS", 1)
+    found = guard(model, base, task.train, task.validation, step=len(base), steps=4)
     assert found.trace["components"].tolist()[:2] == [0, 0]
     assert found.trace["components"].iloc[-1] > 0
     assert (found.trace["calibration_loss"].diff().dropna() <= 0).all()
+
+
+def test_a_resumed_optimiser_stays_where_its_parameters_are(arith, monkeypatch, tmp_path):
+    """Its state came back on the CPU, whatever the device."""
+    model, base, _ = arith
+    state = tmp_path / "state.safetensors"
+    run_search("learned", arith, checkpoint=state)
+    seen = []
+    load = torch.optim.Adam.load_state_dict
+
+    def placed(self, given):
+        load(self, given)
+        seen.append(self.state[self.param_groups[0]["params"][0]])
+
+    monkeypatch.setattr(torch.optim.Adam, "load_state_dict", placed)
+    run_search("learned", arith, checkpoint=state)
+    (found,) = seen
+    assert found["exp_avg"].device == base.spectra_on(model)["blocks.0.W_Q"].device
+    assert float(found["step"]) == 25
+
+
+def test_weights_are_hashed_and_data_tokenised_once(arith, monkeypatch):
+    """There were 84 hashes of all weights and 42 tokenisations in three steps of ``guarded``."""
+    model, base, task = arith
+    hashes, passes = [], []
+    made, encode = provenance._hash, tokenising._encode
+    monkeypatch.setattr(provenance, "_hash", lambda named: (hashes.append(1), made(named))[1])
+    monkeypatch.setattr(
+        tokenising, "_encode", lambda rows, t: (passes.append(len(rows)), encode(rows, t))[1]
+    )
+    guard(model, base, task.train, task.validation, step=8, steps=3)
+    assert len(hashes) == 1
+    assert sum(passes) <= len(task.train) + len(task.validation)
+
+
+def test_a_step_that_accepted_nothing_is_not_scored_again(arith, monkeypatch):
+    model, base, task = arith
+    scored = []
+    module = sys.modules["eigenlens.search.checked_steps"]
+    under = module.scores_under
+    monkeypatch.setattr(module, "scores_under", lambda *a: (scored.append(len(a[2])), under(*a))[1])
+    monkeypatch.setattr(module, "_TRIALS", 1)
+    found = guard(model, base, task.train, task.validation, step=len(base), steps=6)
+    counts = found.trace["components"].tolist()
+    assert counts[:2] == [0, 0]
+    assert scored == list(dict.fromkeys(counts[:-1]))
 
 
 def test_a_checkpoint_of_other_components_is_refused(arith, tmp_path):
     """W_Q and W_O have as many components, so the numbers of their rows alone say nothing."""
     model, base, task = arith
     state = tmp_path / "state.safetensors"
-    spectra = base.require_spectra()
+    spectra = base.spectra_on(model)
 
     def run(kind):
-        part = el.score(model, spectra, task.train, matrices=[kind], progress=False)
+        part = el.score(model, spectra.select([kind]), task.train, progress=False)
         iterative(
             model, part, task.train, task.validation, step=3, steps=1, checkpoint=state, **SMALL
         )
@@ -405,15 +469,15 @@ def test_a_checkpoint_of_another_search_is_refused(arith, tmp_path):
             )
 
 
-@pytest.mark.parametrize("search", [guarded, learned])
+@pytest.mark.parametrize("search", [guard, learn])
 def test_protected_data_stay_within_their_bound(arith, search):
     """The product's rivals cost the sum most of its answers; under protection they may not."""
     model, base, task = arith
     plain = el.load_task("int_add", model.tokenizer, low=0, high=20).train.select(range(60))
-    options = {"steps": 100} if search is learned else {"steps": 4, "step": 8}
+    options = {"steps": 100} if search is learn else {"steps": 4, "step": 8}
     protect = Protection(model, {"sums": plain}, bound=0.02)
     assert protect.measure()["sums"] == pytest.approx(0, abs=1e-9)
-    found = search(model, base, task.train, task.validation, protect=protect, **options, **SMALL)
+    found = search(model, base, task.train, task.validation, protect=protect, **options)
     row = found.protected.iloc[0]
     assert row["divergence"] <= 0.02
     with el.freeze(model, found.frozen):
@@ -437,14 +501,15 @@ def test_wrong_options_name_themselves(arith):
     data = (model, base, task.train, task.validation)
     with pytest.raises(ValueError, match="step=0"):
         iterative(*data, step=0)
-    with pytest.raises(ValueError, match=r"calibration=1\.5"):
-        guarded(*data, calibration=1.5)
-    with pytest.raises(ValueError, match=r"start=1\.5"):
-        learned(*data, start=1.5)
-    with pytest.raises(ValueError, match="every=0"):
-        learned(*data, every=0)
-    with pytest.raises(ValueError, match="loaded without directions"):
-        iterative(model, replace(base, spectra=None), task.train, task.validation, steps=1)
+    with pytest.raises(ValueError, match="calibration"):
+        guard(*data, calibration=1.5)
+    with pytest.raises(ValueError, match="start"):
+        learn(*data, start=1.5)
+    with pytest.raises(ValueError, match="every"):
+        learn(*data, every=0)
+    pca = replace(base, spectra=None, basis="pca")
+    with pytest.raises(ValueError, match="follow from data"):
+        iterative(model, pca, task.train, task.validation, steps=1)
     with pytest.raises(ValueError, match="bound=-1"):
         Protection(model, {"test": task.test}, bound=-1.0)
     with pytest.raises(ValueError, match="No data to protect"):

@@ -37,8 +37,7 @@ def test_searches_reports_the_test_accuracy_of_the_chosen_set(tmp_path, monkeypa
         methods=("one-shot", "guarded"),
     )
     monkeypatch.setattr(searches, "SETTINGS", (setting,))
-    few = partial(searches._stepwise, el.guarded, steps=1 / 60)
-    monkeypatch.setitem(searches._SEARCHES, "guarded", few)
+    monkeypatch.setitem(searches._SEARCHES, "guarded", partial(searches._guarded, 1 / 60))
     found = searches.run(models=("arith-tiny",), parts=tmp_path)
     final = found.table[found.table["step"] == -1].set_index("method")
     assert list(final.index) == ["before", "one-shot", "guarded"]

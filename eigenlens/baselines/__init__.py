@@ -9,9 +9,14 @@ from eigenlens.baselines.freezing_parts import FreezingPart
 from eigenlens.baselines.laser import GradientLaser, Laser
 from eigenlens.baselines.learned import Learned
 from eigenlens.baselines.prompting import FewShot, ZeroShot
-from eigenlens.baselines.random_basis import RandomBasis
 from eigenlens.baselines.random_components import RandomComponents
-from eigenlens.baselines.ranked import Magnitude, OneShot, OppositeSign, ShuffledLabels
+from eigenlens.baselines.ranked import (
+    Magnitude,
+    OneShot,
+    OppositeSign,
+    RandomBasis,
+    ShuffledLabels,
+)
 from eigenlens.baselines.registry import KINDS, make_baseline, standard_baselines
 from eigenlens.baselines.svf import Svf
 

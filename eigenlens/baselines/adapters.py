@@ -71,7 +71,8 @@ class Adapter(Trainable):
 
         twins = nn.ModuleDict({_key(matrix): _twin(matrix.module) for matrix in matrices})
         with _quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # peft draws on the CPU. torch.manual_seed would seed every GPU, too, for good.
+            torch.default_generator.manual_seed(seed)
             inject_adapter_in_model(config, twins, _ADAPTER)
         self.layers: dict[WeightMatrix, Any] = {m: twins[_key(m)] for m in matrices}
         for parameter in self.parameters:

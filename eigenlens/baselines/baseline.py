@@ -7,7 +7,7 @@ at. How many candidates were measured on validation is the length of the trace.
 
 import html
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -15,10 +15,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines.edits import Edit, measure, saved_bytes
 from eigenlens.costs import Cost, measured
-from eigenlens.evaluation import Evaluation
+from eigenlens.decomposition import decompose
+from eigenlens.evaluation import Evaluation, preference
 from eigenlens.metrics import check_eval_mode
+from eigenlens.provenance import same_weights
 from eigenlens.scoring import Scores
-from eigenlens.search import better
 from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task
 
@@ -53,9 +54,45 @@ class Search:
             self.model, self.task.validation, edit, batch_size=self.batch_size, choices=False
         )
         self.trace.append({**settings, "accuracy": found.accuracy, "loss": found.loss})
-        if self.best is None or better(found, self.best[1]):
+        if self.best is None or rank(found) > rank(self.best[1]):
             self.best = (edit, found)
         return found
+
+    def in_basis(self, basis: str) -> "Search":
+        """The same data with components of the same matrices in another basis, for scoring.
+
+        A random basis is drawn by the seed, and that of ``pca`` is taken on the train split.
+
+        Raises:
+            ValueError: an unknown basis, or one that these matrices do not have.
+        """
+        if basis == self.spectra.basis == "svd":
+            return self
+        there = {spectrum.site.kind for spectrum in self.spectra.values()}
+        layers = {spectrum.site.layer for spectrum in self.spectra.values()}
+        made_of = _MADE_OF.get(basis, {kind: {kind} for kind in there})
+        spectra = decompose(
+            self.model,
+            [kind for kind, parts in made_of.items() if parts <= there],
+            layers,
+            basis=basis,
+            data=self.task.train if basis == "pca" else None,
+            seed=self.seed,
+            progress=False,
+        )
+        return replace(self, spectra=spectra, shared={})
+
+
+# Kinds of components that a basis has, and the matrices that each is made of.
+_MADE_OF = {
+    "qk_ov": {"QK": {"W_Q", "W_K"}, "OV": {"W_V", "W_O"}},
+    "neurons": {"W_out": {"W_out"}},
+}
+
+
+def rank(found: Evaluation) -> tuple[float, ...]:
+    """How good a validation result is (:func:`eigenlens.evaluation.preference`)."""
+    return preference(found.accuracy, found.loss)
 
 
 @dataclass(frozen=True)
@@ -127,7 +164,7 @@ class Baseline(ABC):
         search = Search(
             model, spectra, task, seed, batch_size, n_positions, {} if shared is None else shared
         )
-        with measured(model) as cost:
+        with same_weights(model), measured(model) as cost:
             self.find(search)
         if search.best is None:
             raise ValueError(f"{self.name} has nothing to try: its grid is empty.")

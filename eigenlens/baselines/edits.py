@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +24,7 @@ from eigenlens.files import FileFormatError, load_tensors, save_tensors
 from eigenlens.freezing import Freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.provenance import text_hash
+from eigenlens.weights import restored
 
 _KIND = "edit"
 
@@ -131,16 +131,12 @@ class WeightEdit(StoredEdit):
     @contextmanager
     def applied(self, model: TransformerBridge) -> Iterator[None]:
         """Set the new values inside the block, and the kept ones afterwards."""
-        with ExitStack() as undo, torch.no_grad():
-            for weight, value in self.changes(model):
-                undo.callback(partial(_set, weight, weight.detach().clone()))
-                _set(weight, value)
+        with ExitStack() as undo:
+            with torch.no_grad():
+                for weight, value in self.changes(model):
+                    undo.enter_context(restored([weight]))
+                    weight.copy_(value)
             yield
-
-
-def _set(weight: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        weight.copy_(value)
 
 
 @dataclass(frozen=True)
@@ -149,33 +145,29 @@ class FrozenEdit(Edit):
 
     Attributes:
         frozen: the components.
-        bias_only: keep the weights and add only the bias of the frozen components.
-        control: what sets this edit apart from an ordinary frozen set; it is written into the
-            file, which then is no ``FrozenSet`` file.
+        bias_only: take nothing away and add only the means; the file of such a control is no
+            ``FrozenSet`` file.
     """
 
     frozen: FrozenSet
     bias_only: bool = False
-    control: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parameters_changed(self) -> int:
         """A strength per component and its mean at each position, the fallback among them."""
-        return len(self.frozen) * (2 + len(self.frozen.positions))
+        return len(self.frozen) * (2 + len(self.frozen.means.positions))
 
     @contextmanager
     def applied(self, model: TransformerBridge) -> Iterator[None]:
         """Put the hooks on inside the block."""
-        self.frozen.check_model(model)
         with Freeze(model, self.frozen, bias_only=self.bias_only):
             yield
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file."""
         self.frozen.save(path)
-        if self.control:
-            tensors, metadata = load_tensors(path, "frozen set")
-            save_tensors(path, "control", tensors, {**metadata, "control": dict(self.control)})
+        if self.bias_only:
+            save_tensors(path, "control", *load_tensors(path, "frozen set"))
 
 
 def saved_bytes(edit: Edit) -> int:

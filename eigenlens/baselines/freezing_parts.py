@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
+from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines.baseline import Search
 from eigenlens.baselines.edits import FrozenEdit
 from eigenlens.baselines.ranked import OneShot
+from eigenlens.far_side import zero_coordinates
 from eigenlens.frozen_set import FrozenSet
+from eigenlens.position_means import PositionMeans
 
 Part = Literal["bias only", "zero", "position-free"]
 
@@ -29,7 +32,7 @@ class FreezingPart(OneShot):
             given.
     """
 
-    part: Part = "bias only"
+    part: Part | str = "bias only"
     like: tuple[FrozenSet, ...] = ()
 
     def __post_init__(self) -> None:
@@ -48,21 +51,16 @@ class FreezingPart(OneShot):
     def edit(self, frozen: FrozenSet, search: Search) -> FrozenEdit:
         """The part of a freeze of ``frozen``."""
         if self.part == "bias only":
-            return FrozenEdit(frozen, bias_only=True, control={"part": self.part})
-        return FrozenEdit(zeroed(frozen) if self.part == "zero" else position_free(frozen))
+            return FrozenEdit(frozen, bias_only=True)
+        if self.part == "zero":
+            return FrozenEdit(zeroed(search.model, frozen))
+        return FrozenEdit(replace(frozen, means=frozen.means.shared()))
 
 
-def zeroed(frozen: FrozenSet) -> FrozenSet:
-    """The same components with zero in place of their means."""
-    return replace(
-        frozen,
-        mean_activation=np.zeros_like(frozen.mean_activation),
-        fallback=np.zeros_like(frozen.fallback),
-    )
-
-
-def position_free(frozen: FrozenSet) -> FrozenSet:
-    """The same components with the mean over all positions at each of them."""
-    shape = frozen.mean_activation.shape
-    means = np.broadcast_to(frozen.fallback[:, None], shape).copy()
-    return replace(frozen, mean_activation=means)
+def zeroed(model: TransformerBridge, frozen: FrozenSet) -> FrozenSet:
+    """The same components at the coordinates of zero input, which take away and add nothing."""
+    directions = frozen.directions_on(model)
+    value = np.zeros(len(frozen), frozen.means.fallback.dtype)
+    for name, rows in frozen.by_site():
+        value[rows] = zero_coordinates(model, directions[name])[0].cpu().numpy()
+    return replace(frozen, means=PositionMeans.constant(value))

@@ -12,21 +12,22 @@ factorisation is not done here.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import scipy.linalg
 import torch
 from datasets import Dataset
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines.baseline import Baseline, Search
 from eigenlens.baselines.edits import WeightEdit
+from eigenlens.decomposition import working_dtype
 from eigenlens.matrices import WeightMatrix, weight_matrices
-from eigenlens.metrics import answer_logits, answer_loss
-from eigenlens.spectra import thin_svd
+from eigenlens.metrics import answer_logits, answer_loss, precise
 from eigenlens.tasks.batches import make_batches
+from eigenlens.weights import requiring_grad
 
 KEEP = (0.9, 0.5, 0.2, 0.1, 0.05, 0.01)
 
@@ -41,11 +42,17 @@ class Factors:
 
     @classmethod
     def of(cls, matrix: WeightMatrix) -> "Factors":
-        """Decompose all heads of ``matrix`` together, in at least float32."""
-        weight = matrix.flat_weight.detach()
-        weight = weight if weight.dtype == torch.float64 else weight.float()
-        u, sigma, vh = thin_svd(weight[None])
-        return cls(u[0], sigma[0], vh[0])
+        """Decompose all heads of ``matrix`` together, in at least float32.
+
+        Where LAPACK's divide-and-conquer driver does not converge, its QR driver is asked.
+        """
+        weight = matrix.flat_weight.detach().to(working_dtype(matrix))
+        try:
+            return cls(*torch.linalg.svd(weight, full_matrices=False))
+        except torch.linalg.LinAlgError:
+            array = weight.double().cpu().numpy()
+            parts = scipy.linalg.svd(array, full_matrices=False, lapack_driver="gesvd")
+            return cls(*(torch.from_numpy(part).to(weight) for part in parts))
 
     def truncated(self, rank: int) -> Float[Tensor, "all_in all_out"]:
         """The nearest matrix of this rank."""
@@ -172,28 +179,17 @@ def consider(
 def weight_gradients(
     model: TransformerBridge, matrices: list[WeightMatrix], data: Dataset, batch_size: int = 50
 ) -> list[Float[Tensor, "all_in all_out"]]:
-    """Gradient of the mean loss over ``data`` by each whole matrix."""
-    with _requiring_grad(matrices) as weights:
-        total = [torch.zeros_like(weight) for weight in weights]
+    """Gradient of the mean loss over ``data`` by each whole matrix, in at least float32."""
+    weights = [matrix.module.get_parameter("weight") for matrix in matrices]
+    dtypes = [working_dtype(matrix) for matrix in matrices]
+    total = [torch.zeros_like(w, dtype=d) for w, d in zip(weights, dtypes, strict=True)]
+    with requiring_grad(weights):
         for batch in make_batches(data, model, batch_size):
             with torch.enable_grad():
-                loss = answer_loss(answer_logits(model, batch), batch).sum() / len(data)
+                loss = answer_loss(precise(answer_logits(model, batch)), batch).sum() / len(data)
             for sum_, part in zip(total, torch.autograd.grad(loss, weights), strict=True):
                 sum_ += part
     return [m.flat(gradient) for m, gradient in zip(matrices, total, strict=True)]
-
-
-@contextmanager
-def _requiring_grad(matrices: list[WeightMatrix]) -> Iterator[list[nn.Parameter]]:
-    weights = [matrix.module.get_parameter("weight") for matrix in matrices]
-    before = [weight.requires_grad for weight in weights]
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield weights
-    finally:
-        for weight, state in zip(weights, before, strict=True):
-            weight.requires_grad_(state)
 
 
 def predicted_changes(

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from eigenlens.baselines.baseline import Baseline, Search
 from eigenlens.baselines.edits import FrozenEdit
-from eigenlens.baselines.random_basis import random_spectra
 from eigenlens.baselines.ranked import train_scores
+from eigenlens.decomposition import Basis
 from eigenlens.scoring import Criterion
-from eigenlens.search import learned
-
-Basis = Literal["singular", "random"]
+from eigenlens.search import LearnedConfig, learned
 
 
 @dataclass(frozen=True)
@@ -20,14 +18,13 @@ class Learned(Baseline):
 
     Attributes:
         attenuate: leave gates as they are trained instead of opening or shutting them.
-        basis: directions that gates are put on: the ``singular`` ones, or those of a ``random``
-            orthogonal basis (:mod:`eigenlens.baselines.random_basis`).
+        basis: what components gates are put on (:mod:`eigenlens.bases`).
         criterion: of the scores, which matter only with the option ``spread``.
-        options: further arguments of :func:`eigenlens.learned`.
+        options: further options, of :class:`eigenlens.LearnedConfig`.
     """
 
     attenuate: bool = False
-    basis: Basis = "singular"
+    basis: Basis | str = "svd"
     criterion: Criterion = "mean"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -38,24 +35,24 @@ class Learned(Baseline):
     @property
     def name(self) -> str:
         """With what becomes of the gates."""
-        basis = ", random basis" if self.basis == "random" else ""
+        basis = "" if self.basis == "svd" else f", {self.basis} basis"
         return f"eigenpruning, learned, {'attenuated' if self.attenuate else 'frozen'}{basis}"
 
     def find(self, search: Search) -> None:
         """One candidate: the search looks at validation itself."""
-        if self.basis == "random":
-            search.spectra, search.shared = random_spectra(search.spectra, search.seed), {}
-        found = learned(
-            search.model,
-            train_scores(search, criterion=self.criterion),
-            search.task.train,
-            search.task.validation,
+        options = LearnedConfig(
             attenuate=self.attenuate,
             batch_size=search.batch_size,
             seed=search.seed,
-            progress=False,
             **self.options,
         )
-        control = {"basis_seed": search.seed} if self.basis == "random" else {}
-        edit = FrozenEdit(found.frozen, control=control)
+        found = learned(
+            search.model,
+            train_scores(search.in_basis(self.basis), criterion=self.criterion),
+            search.task.train,
+            search.task.validation,
+            options,
+            progress=False,
+        )
+        edit = FrozenEdit(found.frozen)
         search.consider(edit, components=len(found.frozen), looks=len(found.trace))

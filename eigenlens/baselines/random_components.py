@@ -29,7 +29,7 @@ class RandomComponents(Baseline):
         like: the selections; those of one-shot eigenpruning if none are given.
     """
 
-    match: Match = "count"
+    match: Match | str = "count"
     like: tuple[FrozenSet, ...] = ()
 
     def __post_init__(self) -> None:

@@ -79,6 +79,23 @@ class OneShot(Ranked):
 
 
 @dataclass(frozen=True)
+class RandomBasis(OneShot):
+    """One-shot eigenpruning on the components of a random orthonormal basis: does the SVD matter?
+
+    There are as many components as singular values, and each is scored and frozen like one.
+    """
+
+    @property
+    def name(self) -> str:
+        """With the criterion."""
+        return f"random orthogonal basis, {self.criterion}"
+
+    def ranking(self, search: Search) -> Scores:
+        """Scores of the components of a random basis."""
+        return super().ranking(search.in_basis("random"))
+
+
+@dataclass(frozen=True)
 class OppositeSign(OneShot):
     """Freezes the components that score best: those that help most."""
 

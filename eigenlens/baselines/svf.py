@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -18,8 +17,9 @@ from eigenlens.baselines.baseline import Search
 from eigenlens.baselines.edits import WeightEdit
 from eigenlens.baselines.training import Trainable, Trained, replaced
 from eigenlens.decomposition import decompose
+from eigenlens.far_side import scaled_heads, zero_coordinates
 from eigenlens.matrices import join_heads
-from eigenlens.spectra import Spectra, Spectrum
+from eigenlens.spectra import Spectra, Spectrum, freeze_coordinates
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,21 @@ class SpectralEdit(WeightEdit):
 
     def changes(self, model: TransformerBridge) -> Iterator[tuple[Tensor, Tensor]]:
         """Each matrix with its singular values scaled."""
-        spectra = self.spectra if self.spectra is not None else decompose(model, progress=False)
+        spectra = decompose(model, progress=False) if self.spectra is None else self.spectra
         for name, factors in self.tensors.items():
-            weight = spectra[name].matrix.flat_weight
-            yield weight, weight + change_by(spectra[name], factors).to(weight)
-
-
-def change_by(
-    spectrum: Spectrum, factors: Float[Tensor, "head rank"]
-) -> Float[Tensor, "all_in all_out"]:
-    """``Σ_i (f_i − 1) σ_i u_i v_iᵀ``, heads side by side."""
-    scaled = spectrum.u * (spectrum.sigma * (factors.to(spectrum.sigma) - 1))[:, None, :]
-    return join_heads(scaled @ spectrum.vh, spectrum.matrix.head_axis)
+            matrix = spectra[name].site.find(model)
+            # What is added, and not the sum of all components: a factor of 1 changes nothing.
+            change = scaled_heads(model, spectra[name], factors - 1)
+            weight = matrix.flat_weight
+            yield weight, weight + join_heads(change, matrix.head_axis).to(weight)
 
 
 class TrainableFactors(Trainable):
     """A factor per singular value, one at first."""
 
-    def __init__(self, spectra: Spectra) -> None:
-        self.spectra = spectra
-        self.maps = {spectrum.matrix: _Scaled(spectrum) for spectrum in spectra.values()}
+    def __init__(self, model: TransformerBridge, spectra: Spectra) -> None:
+        self.spectra = spectra.on(model)
+        self.maps = {s.site.find(model): _Scaled(model, s) for s in self.spectra.values()}
 
     @property
     def parameters(self) -> Sequence[Tensor]:
@@ -67,16 +62,28 @@ class TrainableFactors(Trainable):
 
 
 class _Scaled(nn.Module):
-    """A linear map with scaled singular values."""
+    """A linear map with scaled singular values.
 
-    def __init__(self, spectrum: Spectrum) -> None:
+    Scaled by f is frozen with strength 1 − f at the coordinates of zero input: on the small side a
+    component is a coordinate, and no weight has to be put together.
+    """
+
+    def __init__(self, model: TransformerBridge, spectrum: Spectrum) -> None:
         super().__init__()
         self.spectrum = spectrum
-        self.linear = spectrum.matrix.module
-        self.factors = nn.Parameter(torch.ones_like(spectrum.sigma))
+        self.linear = spectrum.site.find(model).module
+        self.zero = zero_coordinates(model, spectrum)
+        self.factors = nn.Parameter(torch.ones_like(self.zero))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + x @ change_by(self.spectrum, self.factors).to(x)
+        if self.spectrum.site.side == "in":
+            return self.linear(self._scale(x))
+        return self._scale(self.linear(x))
+
+    def _scale(self, h: Tensor) -> Tensor:
+        site = self.spectrum.site
+        by_head = h.unflatten(-1, (site.n_heads, site.width))
+        return freeze_coordinates(by_head, self.spectrum, self.zero, 1 - self.factors).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -87,4 +94,4 @@ class Svf(Trained):
 
     def trainables(self, search: Search) -> Iterator[tuple[dict[str, Any], Trainable]]:
         """All factors."""
-        yield {}, TrainableFactors(search.spectra)
+        yield {}, TrainableFactors(search.model, search.in_basis("svd").spectra)

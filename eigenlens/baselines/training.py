@@ -17,12 +17,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.baselines.baseline import Baseline, Search
+from eigenlens.baselines.baseline import Baseline, Search, rank
 from eigenlens.baselines.edits import Edit
 from eigenlens.gates import faster_products
 from eigenlens.matrices import WeightMatrix
-from eigenlens.metrics import answer_logits, answer_loss
-from eigenlens.search import better
+from eigenlens.metrics import answer_logits, answer_loss, precise
 from eigenlens.tasks.batches import Batch, make_batches
 
 
@@ -77,7 +76,7 @@ class Trained(Baseline):
                 loss = train_epoch(search.model, batches, adam)
             edit = trainable.edit()
             found = search.consider(edit, **settings, epoch=epoch, train_loss=loss)
-            if best is None or better(found, best):
+            if best is None or rank(found) > rank(best):
                 best, waited = found, 0
             else:
                 waited += 1
@@ -104,8 +103,7 @@ def train_epoch(
     total, n = 0.0, 0
     for batch in batches:
         with torch.enable_grad():
-            logits = answer_logits(model, batch)
-            loss = answer_loss(logits if logits.dtype == torch.float64 else logits.float(), batch)
+            loss = answer_loss(precise(answer_logits(model, batch)), batch)
             optimiser.zero_grad()
             loss.mean().backward()
         optimiser.step()

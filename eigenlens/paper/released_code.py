@@ -4,11 +4,14 @@ The released code (arXiv 2404.03147, repository tvergara/eigenpruning) scores an
 than the paper says. With every switch on, this module does what that code does, with our passes
 instead of its loop over singular values; each switch turned off replaces one step by ours. So the
 effect of each can be measured (``eigenlens experiment estimators``). Not for use beyond that.
+
+It works with inputs of maps, ``σ_i x · u_i``, and gradients at their outputs; its means are handed
+on in the units of all others, as coordinates of the small side.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,21 +23,24 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.decomposition import decompose
+from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
+from eigenlens.far_side import MapDirections, map_directions
+from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.matrices import WeightMatrix
+from eigenlens.matrices import Side, Site, WeightMatrix
 from eigenlens.metrics import Metric, answer_logits, answer_loss, precise
-from eigenlens.provenance import Provenance, text_hash
+from eigenlens.passes import FiniteCheck, forward_backward
+from eigenlens.position_means import PositionMeans, Positions
+from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
-from eigenlens.scoring.scorer import (
-    component_table,
-    forward_backward,
-    position_counts,
-    position_range,
-    position_rows,
-)
+from eigenlens.scoring.scores import STATISTICS
+from eigenlens.search import SearchResult, one_shot
 from eigenlens.selection import select
 from eigenlens.spectra import Spectra, Spectrum
+from eigenlens.tasks import Task
 from eigenlens.tasks.batches import Batch, make_batches
+from eigenlens.weights import requiring_grad, restored
 
 
 class ReferenceCode(BaseModel):
@@ -102,18 +108,21 @@ def score_like_reference(
     batches = make_batches(used, model, switches.batch_size, smallest=2)
     if switches.first_token:
         batches = [_prompts_only(batch) for batch in batches]
+    spectra = spectra.on(model)
     passes = _Passes(model, spectra, batches, switches)
     worst, mean = passes.effects()
-    table = component_table(list(spectra.values()), {"effect": mean, "worst": worst})
+    columns: dict[str, Any] = {**dict.fromkeys(STATISTICS, np.nan), "effect": mean, "worst": worst}
     return Scores(
-        components=table,
-        mean_activation=passes.biases(),
-        positions=passes.positions,
-        count=passes.count.cpu().numpy(),
-        criterion="max" if switches.worst_case else "mean",
+        components=spectra.components.assign(**columns),
+        means=passes.means(),
+        criterion="max_everywhere" if switches.worst_case else "mean",
         reference="resample" if switches.rolled_reference else "mean",
         n_examples=len(used),
-        provenance=Provenance.of(model, task_hash=text_hash(used.to_list()), seed=seed),
+        provenance=spectra.provenance.model_copy(
+            update={"task_hash": text_hash(used.to_list()), "seed": seed}
+        ),
+        basis=spectra.basis,
+        basis_seed=spectra.seed,
         spectra=spectra,
     )
 
@@ -150,29 +159,91 @@ def finetuned(
     seed: int = 0,
 ) -> Iterator[None]:
     """One epoch of Adam on all weights; on leaving, the weights are as before, bit for bit."""
-    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
-    required = {name: p.requires_grad for name, p in model.named_parameters()}
-    try:
-        model.requires_grad_(True)
-        adam = torch.optim.Adam(model.parameters(), lr)
-        order = np.random.default_rng(seed).permutation(len(data))
-        for start in range(0, len(order), batch_size):
-            rows = data.select(order[start : start + batch_size])
-            for batch in make_batches(rows, model, batch_size):
-                with torch.enable_grad():
-                    loss = first_token_loss(precise(answer_logits(model, batch)), batch).mean()
-                    adam.zero_grad()
-                    loss.backward()
-                adam.step()
-        adam.zero_grad()
-        model.requires_grad_(False)
+    with restored(model.parameters()):
+        with requiring_grad(model.parameters()):
+            adam = torch.optim.Adam(model.parameters(), lr)
+            order = np.random.default_rng(seed).permutation(len(data))
+            for start in range(0, len(order), batch_size):
+                rows = data.select(order[start : start + batch_size])
+                for batch in make_batches(rows, model, batch_size):
+                    with torch.enable_grad():
+                        logits = precise(answer_logits(model, batch))
+                        adam.zero_grad()
+                        first_token_loss(logits, batch).mean().backward()
+                    adam.step()
         yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(kept[name])
-                parameter.grad = None
-                parameter.requires_grad_(required[name])
+
+
+@dataclass(frozen=True)
+class ReleasedRun:
+    """What the released code's whole procedure comes to.
+
+    Attributes:
+        before, after: test split, unedited and frozen (fine-tuned too, where that is on).
+        comparison: the two, paired.
+        scores: of every component.
+        search: the components that were frozen, and what each fraction did on validation.
+    """
+
+    before: Evaluation
+    after: Evaluation
+    comparison: Comparison
+    scores: Scores
+    search: SearchResult
+
+
+def run_like_released(
+    model: TransformerBridge,
+    task: Task,
+    switches: ReferenceCode | None = None,
+    *,
+    fractions: Sequence[float] = (0.3,),
+    matrices: Sequence[str] | None = ("W_K",),
+    seed: int = 0,
+    batch_size: int = 50,
+) -> ReleasedRun:
+    """Score, select and freeze as the released code does; its main script freezes 30 % of the keys.
+
+    Args:
+        model: in eval mode; it is left as it was.
+        task: scored on its train split; validation chooses among fractions, test is measured.
+        switches: deviations to keep; all but the fine-tuning by default.
+        fractions: quotas to choose from.
+        matrices: kinds to freeze components of; all for ``None``.
+        seed: of the shuffling, and of the bootstrap of the comparison.
+        batch_size: examples per pass of what is measured.
+
+    Raises:
+        ValueError: a model whose raw inputs have no hook; fewer than two examples; no fraction.
+    """
+    switches = switches or ReferenceCode()
+    before = evaluate(model, task.test, batch_size=batch_size, progress=False)
+    with ExitStack() as undo:
+        if switches.finetune:
+            tuned = finetuned(model, task.train, batch_size=switches.batch_size, seed=seed)
+            undo.enter_context(tuned)
+        spectra = decompose(model, matrices, cache=not switches.finetune, progress=False)
+        scores = score_like_reference(model, spectra, task.train, switches, seed=seed)
+        choose = partial(select_like_reference, switches=switches)
+        found = one_shot(
+            model,
+            scores,
+            task.validation,
+            fractions=fractions,
+            choose=choose,
+            or_nothing=False,
+            batch_size=batch_size,
+        )
+        with freeze(model, found.frozen):
+            after = evaluate(model, task.test, batch_size=batch_size, progress=False)
+    return ReleasedRun(before, after, compare(before, after, seed=seed), scores, found)
+
+
+def flat_site(matrix: WeightMatrix, side: Side) -> Site:
+    """The whole input or output of a map, heads side by side."""
+    all_in, all_out = matrix.flat_weight.shape
+    widths = (all_in, all_out) if side == "in" else (all_out, all_in)
+    return Site(matrix.layer, matrix.kind, 1, side, *widths)
 
 
 def raw_input_hook(model: TransformerBridge, matrix: WeightMatrix) -> str:
@@ -209,56 +280,60 @@ class _Passes:
         switches: ReferenceCode,
     ) -> None:
         self._model = model
-        self._spectra = list(spectra.values())
+        self._spectra = spectra
         self._batches = batches
         self._switches = switches
-        self._hooks = {
-            s.matrix.name: raw_input_hook(model, s.matrix)
-            if switches.raw_inputs
-            else s.matrix.hook_in
-            for s in self._spectra
-        }
-        self.positions = position_range(batches)
-        self.count = position_counts(batches, self.positions)
+        maps = [s.site.find(model) for s in spectra.values()]
+        raw = switches.raw_inputs
+        self._hooks = {m.name: raw_input_hook(model, m) if raw else m.hook_in for m in maps}
+        self._outputs = [flat_site(matrix, "out") for matrix in maps]
+        self._directions = {name: _whole(model, s) for name, s in spectra.items()}
+        self._positions = Positions.of(batches)
+        n_rows = len(self._positions) + 1
         # padding counts, as it does there
-        self._rows = torch.zeros(len(self.positions), device=self.count.device)
+        self._seen = torch.zeros(n_rows, device=batches[0].tokens.device)
         self._inputs = {
-            s.matrix.name: s.u.new_zeros(len(self.positions), s.matrix.flat_weight.shape[0])
-            for s in self._spectra
+            name: d.reads.new_zeros(n_rows, len(d.reads)) for name, d in self._directions.items()
         }
 
-    def effects(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Worst and mean effect of every component, one ``[head, rank]`` per matrix each."""
+    def effects(self) -> tuple[np.ndarray, np.ndarray]:
+        """Worst and mean effect of every component."""
+        finite = FiniteCheck()
         for batch in self._batches:
-            with torch.no_grad(), self._recording(batch) as inputs:
-                answer_logits(self._model, batch)
-            rows = position_rows(batch, self.positions)
-            self._rows[rows] += len(batch)
+            with torch.no_grad(), self._recording() as inputs:
+                finite.add("logits", answer_logits(self._model, batch), batch)
+            rows = self._positions.of_batch(batch)
+            self._seen[rows] += len(batch)
             for name, value in inputs.items():
                 self._inputs[name][rows] += value.sum(0)
-        worst = {s.matrix.name: torch.full_like(s.sigma, -torch.inf) for s in self._spectra}
-        total = {s.matrix.name: torch.zeros_like(s.sigma) for s in self._spectra}
+        total = {name: torch.zeros_like(d.offset) for name, d in self._directions.items()}
+        worst = {name: torch.full_like(value, -torch.inf) for name, value in total.items()}
         metric: Metric = first_token_loss if self._switches.first_token else answer_loss
         for batch in self._batches:
-            with self._recording(batch) as inputs:
+            with self._recording() as inputs:
                 add = partial(self._add, batch, inputs, worst, total)
-                forward_backward(self._model, self._spectra, batch, metric, add)
+                forward_backward(self._model, self._outputs, batch, metric, add, finite)
+        finite.check()
         n = sum(len(batch) for batch in self._batches)
-        return list(worst.values()), [value / n for value in total.values()]
+        return _joined(worst.values()), _joined(total.values()) / n
 
-    def biases(self) -> np.ndarray:
-        """What takes the place of each activation, ``[component, position]``."""
+    def means(self) -> PositionMeans:
+        """What takes the place of each coordinate."""
         blocks = []
-        for spectrum in self._spectra:
-            means = spectrum.reads(self._mean_input(spectrum))
-            if self._switches.summed_bias and spectrum.matrix.kind != "W_O":
+        for name, spectrum in self._spectra.items():
+            d = self._directions[name]
+            means = self._mean_input(name)[:-1] @ d.reads
+            if self._switches.summed_bias and spectrum.site.kind != "W_O":
                 means = means.sum(0, keepdim=True).expand_as(means)
-            blocks.append(means.flatten(1).T.cpu().numpy())
-        return np.concatenate(blocks)
+            blocks.append((means + d.offset).T.cpu())
+        values = torch.cat(blocks).numpy()
+        count = self._positions.count(self._batches)[:-1].cpu().numpy()
+        fallback = values @ (count / count.sum()).astype(values.dtype)
+        return PositionMeans(self._positions, count, values, fallback)
 
-    def _mean_input(self, spectrum: Spectrum) -> Float[Tensor, "pos all_in"]:
-        total = self._inputs[spectrum.matrix.name]
-        return total / self._rows.clamp_min(1)[:, None].to(total)
+    def _mean_input(self, name: str) -> Float[Tensor, "row all_in"]:
+        total = self._inputs[name]
+        return total / self._seen.clamp_min(1)[:, None].to(total)
 
     def _add(
         self,
@@ -266,28 +341,38 @@ class _Passes:
         inputs: dict[str, Tensor],
         worst: dict[str, Tensor],
         total: dict[str, Tensor],
-        spectrum: Spectrum,
-        x: Tensor,
+        site: Site,
+        y: Tensor,
         g: Tensor,
         values: Tensor,
     ) -> None:
-        name = spectrum.matrix.name
-        raw = inputs[name]
-        rows = position_rows(batch, self.positions)
-        reference = raw.roll(1, 0) if self._switches.rolled_reference else None
-        if reference is None:
-            reference = self._mean_input(spectrum)[rows].expand_as(raw)
-        effect = spectrum.reads(reference - raw) * spectrum.writes(g)
-        worst[name] = torch.maximum(worst[name], effect.amax((0, 1)))
-        total[name] += effect.sum((0, 1))
+        raw, d = inputs[site.name], self._directions[site.name]
+        if self._switches.rolled_reference:
+            moved = raw.roll(1, 0) - raw
+        else:
+            moved = self._mean_input(site.name)[self._positions.of_batch(batch)] - raw
+        effect = (moved @ d.reads) * (g[:, :, 0].to(d.writes) @ d.writes.mT)
+        worst[site.name] = torch.maximum(worst[site.name], effect.amax((0, 1)))
+        total[site.name] += effect.sum((0, 1))
 
     @contextmanager
-    def _recording(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+    def _recording(self) -> Iterator[dict[str, Tensor]]:
+        """The inputs that a pass inside the block sees, by matrix."""
         inputs: dict[str, Tensor] = {}
 
-        def keep(spectrum: Spectrum, value: Tensor, hook: Any) -> None:
-            inputs[spectrum.matrix.name] = value.detach().flatten(2).to(spectrum.sigma.dtype)
+        def keep(name: str, value: Tensor, hook: Any) -> None:
+            inputs[name] = value.detach().flatten(2).to(self._inputs[name])
 
-        hooks = [(self._hooks[s.matrix.name], partial(keep, s)) for s in self._spectra]
+        hooks = [(hook, partial(keep, name)) for name, hook in self._hooks.items()]
         with self._model.hooks(fwd_hooks=hooks):
             yield inputs
+
+
+def _whole(model: TransformerBridge, spectrum: Spectrum) -> MapDirections:
+    """Both sides of all components of one map."""
+    head, index = np.indices(tuple(spectrum.sigma.shape)).reshape(2, -1)
+    return map_directions(model, spectrum, head, index)
+
+
+def _joined(parts: Iterable[Tensor]) -> np.ndarray:
+    return torch.cat([part.cpu() for part in parts]).double().numpy()

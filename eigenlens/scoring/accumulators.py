@@ -34,13 +34,13 @@ class _Sums:
     """Adds field by field; of ``worst`` the larger is kept."""
 
     def __add__(self: S, other: S) -> S:
-        merged = {}
+        merged: dict[str, Tensor | None] = {}
         for f in fields(self):
             one, two = getattr(self, f.name), getattr(other, f.name)
-            if one is None or isinstance(one, bool):
-                merged[f.name] = one
+            if f.name == "worst" and one is not None:
+                merged[f.name] = torch.maximum(one, two)
             else:
-                merged[f.name] = torch.maximum(one, two) if f.name == "worst" else one + two
+                merged[f.name] = None if one is None else one + two
         return type(self)(**merged)
 
 
@@ -76,11 +76,11 @@ class CrossSums(_Sums):
     @classmethod
     def zeros(cls, spectrum: Spectrum, *, whole: bool) -> "CrossSums":
         """Empty sums; ``whole`` keeps the products."""
-        options = {"dtype": spectrum.dtype, "device": spectrum.device}
-        if whole and spectrum.read is not None:
-            site = spectrum.site
-            return cls(torch.zeros(site.n_heads, site.width, site.width, **options), None)
-        return cls(None, torch.zeros(spectrum.sigma.shape, **options))
+        site = spectrum.site
+        whole = whole and spectrum.read is not None
+        shape = (site.n_heads, site.width, site.width) if whole else tuple(spectrum.sigma.shape)
+        zero = torch.zeros(shape, dtype=spectrum.dtype, device=spectrum.device)
+        return cls(zero, None) if whole else cls(None, zero)
 
     def update(self, spectrum: Spectrum, h: Activation, g: Activation) -> None:
         """Add a batch; padding must be zero."""
@@ -136,10 +136,11 @@ class EffectSums(_Sums):
     def zeros(cls, spectrum: Spectrum, *, by_position: bool) -> "EffectSums":
         """Empty sums."""
         zero = torch.zeros(spectrum.sigma.shape, dtype=spectrum.dtype, device=spectrum.device)
-        sums = [zero.clone() for _ in range(4)]
-        if not by_position:
-            return cls(*sums)
-        return cls(*sums, zero, torch.full_like(zero, -torch.inf))
+        total, square, margin, margin_square = (zero.clone() for _ in range(4))
+        sums = cls(total, square, margin, margin_square)
+        if by_position:
+            sums.position_square, sums.worst = zero, torch.full_like(zero, -torch.inf)
+        return sums
 
     def update(
         self,

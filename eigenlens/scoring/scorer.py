@@ -16,6 +16,7 @@ Source: Eigenpruning (arXiv 2404.03147), section 3; attribution patching (Nanda,
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
@@ -145,10 +146,10 @@ def _check_components(means: Scores, spectra: Spectra) -> None:
         )
 
 
-def _columns(statistics: Statistics) -> dict[str, object]:
+def _columns(statistics: Statistics) -> dict[str, Any]:
     """Statistics as columns; NaN where they were not asked for."""
 
-    def column(name: str) -> object:
+    def column(name: str) -> Any:
         if name not in statistics:
             return float("nan")
         return torch.cat([part.flatten().cpu() for part in statistics[name]]).double().numpy()

@@ -22,7 +22,7 @@ from eigenlens.passes import Activation, FiniteCheck, forward_backward, without_
 from eigenlens.scoring.accumulators import margin_effect, spread
 from eigenlens.scoring.scorer import split_table
 from eigenlens.scoring.scores import Scores
-from eigenlens.tasks.batches import make_batches
+from eigenlens.tasks.batches import Batch, make_batches
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,13 @@ def single_effects(
     for batch in tqdm(batches, desc="effects", unit="batch", disable=not progress):
         at = scores.means.positions.of_batch(batch)
 
-        def add(  # type: ignore[no-untyped-def]
-            site: Site, h: Activation, g: Activation, found: Tensor, batch=batch, at=at
+        def add(
+            site: Site,
+            h: Activation,
+            g: Activation,
+            found: Tensor,
+            batch: Batch = batch,
+            at: Tensor = at,
         ) -> None:
             s = spectra[site.name]
             moved = means[site.name][at.to(s.device)] - s.coordinates(h.to(s.dtype))

@@ -100,8 +100,8 @@ def best_step(trace: list[dict[str, Any]], eligible: str | None = None) -> pd.Da
     allowed.iloc[0] = True
     columns = ["validation_accuracy", "validation_loss", "components"]
     ranks = [preference(*row) for row in table[columns].itertuples(index=False)]
-    best = max(np.flatnonzero(allowed), key=lambda row: ranks[row])
-    return table.assign(chosen=table.index == table.index[best])
+    best = max(np.flatnonzero(allowed).tolist(), key=lambda row: ranks[row])
+    return table.assign(chosen=np.arange(len(table)) == best)
 
 
 class Checkpoint:

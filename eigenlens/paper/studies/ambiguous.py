@@ -33,7 +33,14 @@ from eigenlens.plots.style import (
     VERMILION,
 )
 from eigenlens.scoring import Scores, score
-from eigenlens.search import Protection, guarded, iterative, learned
+from eigenlens.search import (
+    GuardedConfig,
+    LearnedConfig,
+    Protection,
+    guarded,
+    iterative,
+    learned,
+)
 from eigenlens.selection import select
 from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
@@ -95,7 +102,8 @@ def _one_split(
     plain: dict[str, Task],
     random_seeds: int,
 ) -> Iterator[dict[str, Any]]:
-    scores = score(model, spectra, task.train, criterion="margin", batch_size=240, progress=False)
+    every = score(model, spectra, task.train, criterion="max", batch_size=240, progress=False)
+    scores = every.with_criterion("margin")
     yield from _measure(model, task, plain, "before", [select(scores, count=0)])
     for criterion in ("margin", "mean", "max"):
         ranked = scores.with_criterion(criterion)
@@ -106,10 +114,10 @@ def _one_split(
     data = (model, scores, task.train, task.validation)
     found = iterative(*data, step=3, steps=20, batch_size=240, progress=False)
     yield from _measure(model, task, plain, "margin, iterative", [found.frozen])
-    found = guarded(*data, step=3, steps=20, batch_size=240, progress=False)
+    found = guarded(*data, GuardedConfig(step=3, steps=20, batch_size=240), progress=False)
     yield from _measure(model, task, plain, "margin, guarded", [found.frozen])
     for attenuate in (False, True):
-        found = learned(*data, attenuate=attenuate, progress=False)
+        found = learned(*data, LearnedConfig(attenuate=attenuate), progress=False)
         name = f"learned, {'attenuated' if attenuate else 'frozen'}"
         yield from _measure(model, task, plain, name, [found.frozen])
     protect = Protection(model, {name: task.train for name, task in plain.items()}, bound=0.05)

@@ -162,7 +162,8 @@ def _sample(
 ) -> tuple[Scores, pd.DataFrame, np.ndarray]:
     """Scores on some examples, the drawn components, and their exact effects there."""
     data = task.train.select(range(min(setting.n_examples, len(task.train))))
-    base = score(model, spectra, data, criterion="margin", progress=False)
+    every = score(model, spectra, data, criterion="max", progress=False)
+    base = every.with_criterion("margin")
     drawn = stratified_sample(
         base.with_criterion("mean").delta_loss, setting.n_components, seed=seed
     )

@@ -157,7 +157,7 @@ class _Bench:
         task = loaded.task(cell.setting, cell.seed)
         spectra = loaded.spectra
         if cell.method.matrices is not None:
-            spectra = spectra.of_kinds(cell.method.matrices)
+            spectra = spectra.select(matrices=cell.method.matrices)
         method = cell.method.build(cell.options, self._frozen(cell.parent))
         found = method.fit(
             loaded.model,

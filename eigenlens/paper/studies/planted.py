@@ -27,18 +27,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens import bases
+from eigenlens.decomposition import decompose, working_dtype
 from eigenlens.evaluation import evaluate
+from eigenlens.far_side import input_vectors, output_vectors, unit
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.matrices import WeightMatrix, split_heads
+from eigenlens.matrices import Site, WeightMatrix, weight_matrices
 from eigenlens.models import load_model
+from eigenlens.paper.released_code import flat_site
 from eigenlens.paper.studies.result import ExperimentResult
+from eigenlens.passes import Activation, FiniteCheck, record
 from eigenlens.plots.style import BLUE, FULL_WIDTH, SKY, TEMPLATE, VERMILION
 from eigenlens.provenance import Provenance
 from eigenlens.scoring import Scores, score
-from eigenlens.scoring.scorer import record_inputs
-from eigenlens.spectra import Spectra, Spectrum, decompose, thin_svd
+from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks import Batch, Task, load_task, make_batches
+from eigenlens.weights import restored
 
 QUESTION = "Do scores find damage that was planted on purpose?"
 MINUTES = 8
@@ -98,11 +103,12 @@ def _one_model(setting: Setting, seed: int) -> pd.DataFrame:
     task = load_task(setting.task, model.tokenizer, seed=seed, **setting.arguments)
     rng = np.random.default_rng(seed)
     clean = decompose(model, layers=setting.layers, progress=False)
-    places = [m for m in clean.matrices for _ in range(setting.placements)]
+    maps = weight_matrices(model, layers=setting.layers)
+    places = [matrix for matrix in maps for _ in range(setting.placements)]
     rows = []
     for matrix in tqdm(places, desc=f"planted, {setting.model}"):
         head = int(rng.integers(matrix.n_heads))
-        u, v = _directions(model, clean[matrix.name], head, task.train, rng, setting.batch_size)
+        u, v = _directions(model, matrix, head, task.train, rng, setting.batch_size)
         for aim in STRENGTHS:
             found = _plant_and_score(model, clean, matrix, head, u, v, aim, task, setting)
             common = {"model": setting.model, "matrix": matrix.kind, "layer": matrix.layer}
@@ -112,7 +118,7 @@ def _one_model(setting: Setting, seed: int) -> pd.DataFrame:
 
 def _directions(
     model: TransformerBridge,
-    spectrum: Spectrum,
+    matrix: WeightMatrix,
     head: int,
     data: Dataset,
     rng: np.random.Generator,
@@ -120,13 +126,15 @@ def _directions(
 ) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_out"]]:
     """A random mix of the centred inputs that the matrix sees, and a random direction to write."""
     seen: list[Tensor] = []
+    finite = FiniteCheck()
     for batch in make_batches(data, model, batch_size):
 
-        def keep(s: Spectrum, x: Tensor, batch: Batch = batch) -> None:
+        def keep(site: Site, x: Activation, batch: Batch = batch) -> None:
+            x = x[:, :, 0].to(working_dtype(matrix))
             seen.append((x - x.mean(0))[batch.attention_mask])
 
-        record_inputs(model, [spectrum], batch, keep)
-    matrix = spectrum.matrix
+        record(model, [flat_site(matrix, "in")], batch, keep, finite)
+    finite.check()
     inputs = torch.cat(seen)
     if matrix.head_axis == "in":
         inputs = inputs.unflatten(-1, (matrix.n_heads, matrix.d_in))[:, head]
@@ -139,15 +147,10 @@ def _directions(
 @contextmanager
 def planted(matrix: WeightMatrix, head: int, path: Float[Tensor, "d_in d_out"]) -> Iterator[None]:
     """Add ``path`` to one head of a weight inside the block; restored exactly afterwards."""
-    weight = matrix.flat_weight
-    kept = weight.detach().clone()
-    try:
+    with restored([matrix.flat_weight]):
         with torch.no_grad():
-            split_heads(weight, matrix.n_heads, matrix.head_axis)[head] += path
+            matrix.weight[head] += path
         yield
-    finally:
-        with torch.no_grad():
-            weight.copy_(kept)
 
 
 def _plant_and_score(
@@ -169,24 +172,17 @@ def _plant_and_score(
     with planted(matrix, head, strength * path):
         spectra = _redecomposed(model, clean, matrix)
         options: dict[str, Any] = {"batch_size": setting.batch_size, "progress": False}
-        scores = score(model, spectra, task.train, criterion="margin", **options)
-        released = score(
-            model,
-            spectra,
-            task.train,
-            criterion="max",
-            reference="resample",
-            constant_positions=True,
-            **options,
-        )
-        row = _planted_row(scores, spectra[matrix.name], head, u, v)
+        scores = score(model, spectra, task.train, criterion="max", **options)
+        options |= {"criterion": "max_everywhere", "reference": "resample"}
+        released = score(model, spectra, task.train, **options)
+        row = _planted_row(model, scores, spectra[matrix.name], head, u, v)
         effect, error = _exact(model, scores, row, task.train, setting.batch_size)
     values = {
-        "margin": scores.delta_loss,
+        "margin": scores.with_criterion("margin").delta_loss,
         "fisher": scores.with_criterion("fisher").delta_loss,
         "first order (mean)": scores.with_criterion("mean").delta_loss,
         "ucb": scores.with_criterion("ucb").delta_loss,
-        "max": scores.with_criterion("max").delta_loss,
+        "max": scores.delta_loss,
         "released code": released.delta_loss,
         "σ (largest)": -scores.components["sigma"].to_numpy(),
     }
@@ -231,18 +227,22 @@ def _strength(
 
 def _redecomposed(model: TransformerBridge, clean: Spectra, matrix: WeightMatrix) -> Spectra:
     """The clean decomposition with that of the one damaged matrix exchanged."""
-    damaged = Spectrum(matrix, *thin_svd(matrix.weight.detach().to(clean[matrix.name].u.dtype)))
+    damaged = bases.svd(matrix, clean[matrix.name].dtype)
     mixed = [damaged if name == matrix.name else clean[name] for name in clean]
     return Spectra(mixed, Provenance.of(model))
 
 
-def _planted_row(scores: Scores, spectrum: Spectrum, head: int, u: Tensor, v: Tensor) -> int:
+def _planted_row(
+    model: TransformerBridge, scores: Scores, spectrum: Spectrum, head: int, u: Tensor, v: Tensor
+) -> int:
     """Row of the component that is most like the planted path."""
-    overlap = (u @ spectrum.u[head]).abs() * (spectrum.vh[head] @ v).abs()
+    reads = unit(input_vectors(model, spectrum)[head].mT)
+    writes = unit(output_vectors(model, spectrum)[head])
+    overlap = (reads @ u).abs() * (writes @ v).abs()
     c = scores.components
     mine = (
-        (c["layer"] == spectrum.matrix.layer)
-        & (c["matrix"] == spectrum.matrix.kind)
+        (c["layer"] == spectrum.site.layer)
+        & (c["matrix"] == spectrum.site.kind)
         & (c["head"] == head)
         & (c["index"] == int(overlap.argmax()))
     )

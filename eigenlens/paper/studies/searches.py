@@ -36,7 +36,15 @@ from eigenlens.plots.style import (
 )
 from eigenlens.refinement import REFINED_EXAMPLES, refined
 from eigenlens.scoring import Scores, score
-from eigenlens.search import SearchResult, guarded, iterative, learned, one_shot
+from eigenlens.search import (
+    GuardedConfig,
+    LearnedConfig,
+    SearchResult,
+    guarded,
+    iterative,
+    learned,
+    one_shot,
+)
 from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
 
@@ -210,17 +218,24 @@ def _some(task: Task) -> Dataset:
     return task.train.select(range(min(REFINED_EXAMPLES, len(task.train))))
 
 
-def _stepwise(
-    search: Callable[..., SearchResult],
-    model: TransformerBridge,
-    base: Scores,
-    task: Task,
-    *,
-    steps: float = 1.0,
-) -> SearchResult:
-    """A search in steps; ``steps`` counts those that take as many passes as ``learned`` does."""
-    n = round(steps * _LEARNED_STEPS * min(_MINIBATCH, len(task.train)) / len(task.train))
-    return search(model, base, task.train, task.validation, step=_SHARE, steps=n, progress=False)
+def _as_long(task: Task, share: float = 1.0) -> int:
+    """Steps over all training examples that take this share of the passes of ``learned``."""
+    return round(share * _LEARNED_STEPS * min(_MINIBATCH, len(task.train)) / len(task.train))
+
+
+def _iterative(model: TransformerBridge, base: Scores, task: Task) -> SearchResult:
+    options: dict[str, Any] = {"step": _SHARE, "steps": _as_long(task), "progress": False}
+    return iterative(model, base, task.train, task.validation, **options)
+
+
+def _guarded(share: float, model: TransformerBridge, base: Scores, task: Task) -> SearchResult:
+    config = GuardedConfig(step=_SHARE, steps=_as_long(task, share))
+    return guarded(model, base, task.train, task.validation, config, progress=False)
+
+
+def _learned(attenuate: bool, model: TransformerBridge, base: Scores, task: Task) -> SearchResult:
+    config = LearnedConfig(attenuate=attenuate, batch_size=_MINIBATCH)
+    return learned(model, base, task.train, task.validation, config, progress=False)
 
 
 _SEARCHES: dict[str, Callable[[TransformerBridge, Scores, Task], SearchResult]] = {
@@ -230,21 +245,11 @@ _SEARCHES: dict[str, Callable[[TransformerBridge, Scores, Task], SearchResult]] 
         refined(model, base, _some(task), count=_REFINED, progress=False),
         task.validation,
     ),
-    "iterative": partial(_stepwise, iterative),
-    "guarded": partial(_stepwise, guarded, steps=_IN_TRIALS),
-    "guarded, longer": partial(_stepwise, guarded),
-    "learned, frozen": lambda model, base, task: learned(
-        model, base, task.train, task.validation, batch_size=_MINIBATCH, progress=False
-    ),
-    "learned, attenuated": lambda model, base, task: learned(
-        model,
-        base,
-        task.train,
-        task.validation,
-        attenuate=True,
-        batch_size=_MINIBATCH,
-        progress=False,
-    ),
+    "iterative": _iterative,
+    "guarded": partial(_guarded, _IN_TRIALS),
+    "guarded, longer": partial(_guarded, 1.0),
+    "learned, frozen": partial(_learned, False),
+    "learned, attenuated": partial(_learned, True),
 }
 
 
