@@ -173,4 +173,5 @@ class _Edit:
         h = rearrange(h, "(copy b) pos 1 width -> b pos copy width", copy=self._n)
         edited = freeze_coordinates(h[:, :, self._copies], self._own, self._mean, self._strength)
         h = h.index_copy(2, self._copies, edited)
-        return rearrange(h, "b pos copy width -> (copy b) pos width").reshape(value.shape)
+        h = rearrange(h, "b pos copy width -> (copy b) pos width")
+        return h.reshape(value.shape).contiguous()  # Conv1D takes a view of its input

@@ -68,8 +68,9 @@ def test_without_norms_edges_out_of_every_writer_sum_to_its_score(without_norms)
     np.testing.assert_allclose(found.nodes["outflow"], scores.delta_loss, atol=1e-12)
 
 
-def test_without_norms_edges_into_readers_of_the_stream_sum_to_their_scores(without_norms):
-    scores = scored(without_norms)
+@pytest.mark.parametrize("options", [{}, {"reference": "shared"}, {"n_positions": 1}])
+def test_without_norms_edges_into_readers_of_the_stream_sum_to_their_scores(without_norms, options):
+    scores = scored(without_norms, **options)
     found = traced(without_norms, scores, components=some(scores, ["W_Q", "W_K", "W_V", "W_in"]))
     assert (found.nodes["effect"].abs() > 1e-12).all()
     np.testing.assert_allclose(found.nodes["inflow"], found.nodes["effect"], rtol=1e-6, atol=1e-16)
@@ -109,7 +110,7 @@ def by_hand(model, spectra, names, *others):
     found = {}
     for name, m in maps.items():
         reads, writes = sides(model, spectra[name])
-        x = cache[m.hook_in].flatten(2)[:, :-1, None].unflatten(-1, (-1, m.d_in))[:, :, 0]
+        x = cache[m.hook_in].flatten(2)[:, :-1].unflatten(-1, (-1, m.d_in))
         # The bridge's loss is a mean over examples and answer tokens.
         g = cache[f"{m.hook_out}_grad"].flatten(2)[:, :-1] * batch.answer.numel()
         g = g.unflatten(-1, (-1, m.d_out))
@@ -234,13 +235,17 @@ def test_degenerate_values_are_one_node_whatever_their_basis(tiny_folder):
         assert circuit.nodes["node"].tolist() == ["L0.W_out[0]", "L0.W_out[3–5]", "L1.W_in[1]"]
         read = el.readout(model, spectra, 0, "W_out", 0, 5, top=5)
         pairs = el.composition(model, spectra, chosen).set_index(["writer", "reader"])["score"]
-        found.append((circuit, read, pairs))
-    (one, read_one, pairs_one), (two, read_two, pairs_two) = found
+        fed_by = el.readout(model, spectra, 1, "W_in", 0, 1, top=500).reads_from
+        found.append((circuit, read, pairs, fed_by))
+    (one, read_one, pairs_one, fed_one), (two, read_two, pairs_two, fed_two) = found
     pd.testing.assert_frame_equal(one.edges, two.edges, rtol=1e-7)
     pd.testing.assert_frame_equal(one.nodes, two.nodes, rtol=1e-7)
     pd.testing.assert_frame_equal(read_one.reads, read_two.reads)
     pd.testing.assert_frame_equal(read_one.writes, read_two.writes)
     pd.testing.assert_series_equal(pairs_one, pairs_two)
+    pd.testing.assert_frame_equal(fed_one, fed_two)
+    block = fed_one.set_index("writer")["score"]["L0.W_out[3–5]"]
+    assert block == pytest.approx(pairs_one["L0.W_out[3–5]", "L1.W_in[1]"])
     assert (read_one.writes["score"] > 0).all()
     cut = el.cut_paths(model, el.score(model, plain, EQUAL, **QUIET), EQUAL, one, strength=1e-5)
     np.testing.assert_allclose(cut["measured"], cut["predicted"], rtol=1e-2, atol=1e-9)
