@@ -205,8 +205,8 @@ def _test(found: Evaluation) -> dict[str, Any]:
     return {"test_right": right, "test_n": found.n, "test_loss": found.loss}
 
 
-_SCORING = 4  # forward for the means, forward, backward as two
-_STEP = 3  # the means are known
+_SCORING = 4.0  # forward for the means, forward, backward as two
+_STEP = 3.0  # the means are known
 _LEARNED_STEPS = 180  # its default
 _IN_TRIALS = 0.73  # steps that guarded has for one of iterative, since it also tries sets
 _REFINED = 500  # as many passes as learned, on 300 examples
