@@ -27,7 +27,8 @@ from eigenlens.faithfulness import agreement, faithfulness_curve, set_effects, s
 model = el.load_model("arith-tiny")
 task = el.load_task("ambiguous", model.tokenizer, reading="product", seed=0)
 spectra = el.decompose(model)
-scores = el.score(model, spectra, task.train, criterion="margin")
+# `max` asks for single positions, and brings along what the other criteria need.
+scores = el.score(model, spectra, task.train, criterion="max").with_criterion("margin")
 frozen = el.select(scores, count=15)
 
 # %% [markdown]
