@@ -213,7 +213,7 @@ class _Sums:
 
     def _put(self, name: str, at: tuple[slice, ...], values: Tensor, mask: Tensor) -> None:
         """Add values ``[batch, pos, …]`` where the mask holds."""
-        mask = mask.view(*mask.shape, *[1] * (values.ndim - 2))
+        mask = mask.to(values.device).view(*mask.shape, *[1] * (values.ndim - 2))
         total = torch.where(mask, values, 0).double().sum(0).cpu()
         if name not in self.totals:
             length = [len(self.positions)] * len(at)
@@ -222,7 +222,7 @@ class _Sums:
 
     def _outputs(self, kind: str, layer: int, value: Tensor) -> Float[Tensor, "batch pos part d"]:
         if kind != "heads":
-            return value[:, :, None].float() if value.dtype != torch.float64 else value[:, :, None]
+            return precise(value[:, :, None])
         (matrix,) = (m for m in self.outputs if m.kind == "W_O" and m.layer == layer)
         z = rearrange(value.flatten(2), "b p (h d) -> b p h d", h=matrix.n_heads)
         return einsum(z, matrix.weight.to(z), "b p h d, h d m -> b p h m")
@@ -275,7 +275,7 @@ def _lens(
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0
     if cap > 0:
         logits = cap * torch.tanh(logits / cap)
-    answer = batch.answer[:, :1]
+    answer = batch.answer[:, :1].to(logits.device)
     logprob = logits.log_softmax(-1).gather(-1, answer)
     return torch.cat([logprob, (logits.argmax(-1, keepdim=True) == answer).to(logprob)], dim=-1)
 

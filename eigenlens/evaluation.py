@@ -181,11 +181,10 @@ def evaluate(
 def _measure(model: TransformerBridge, batch: Batch) -> dict[int, dict[str, Any]]:
     logits = precise(answer_logits(model, batch))
     loss = answer_loss(logits, batch)
-    best = logits.argmax(-1)
-    correct = ((best == batch.answer) | ~batch.answer_mask).all(-1)
+    best, asked, there = (x.cpu() for x in (logits.argmax(-1), batch.answer, batch.answer_mask))
+    correct = ((best == asked) | ~there).all(-1)
     predicted = [
-        model.tokenizer.decode(tokens[there])
-        for tokens, there in zip(best, batch.answer_mask, strict=True)
+        model.tokenizer.decode(tokens[mask]) for tokens, mask in zip(best, there, strict=True)
     ]
     columns = zip(batch.indices, predicted, loss.tolist(), correct.tolist(), strict=True)
     return {i: {"predicted": p, "loss": x, "correct": c} for i, p, x, c in columns}

@@ -62,6 +62,7 @@ def answer_loss(
     difference of two logarithms would be exactly 0 in float32 from a lead of 17 on, and with it
     every gradient.
     """
+    batch = batch.to(logits.device)  # of the last layer
     answer = batch.answer[..., None]
     others = logits.scatter(-1, answer, -torch.inf).logsumexp(-1)
     odds = logits.gather(-1, answer)[..., 0] - others
@@ -78,6 +79,7 @@ def logit_diff(wrong: Tensor) -> Metric:
     def metric(
         logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
     ) -> Float[Tensor, " batch"]:
+        batch = batch.to(logits.device)
         other = wrong.to(logits.device)[batch.indices]
         first = logits[:, 0]
         right = first.gather(-1, batch.answer[:, :1])[:, 0]
@@ -128,24 +130,21 @@ def kl_to_unedited(model: TransformerBridge, data: Dataset, batch_size: int = 50
     Runs ``model`` as it is now over ``data`` and keeps its log-probabilities
     (``examples × answer tokens × d_vocab`` floats) to compare later passes with.
     """
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, Float[Tensor, "answer d_vocab"]] = {}
     with torch.no_grad():
         for batch in make_batches(data, model, batch_size):
-            logs = precise(answer_logits(model, batch)).log_softmax(-1)
-            kept |= {
-                index: row[there].cpu()
-                for index, row, there in zip(batch.indices, logs, batch.answer_mask, strict=True)
-            }
+            logs = precise(answer_logits(model, batch)).log_softmax(-1).cpu()
+            kept |= dict(zip(batch.indices, logs, strict=True))
 
     def metric(
         logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
     ) -> Float[Tensor, " batch"]:
+        # Answers are padded on the right, differently from batch to batch.
+        width = logits.shape[1]
+        rows = [kept[index][:width] for index in batch.indices]
+        before = torch.stack([F.pad(row, (0, 0, 0, width - len(row))) for row in rows])
         logs = logits.log_softmax(-1)
-        rows = []
-        for row, index in enumerate(batch.indices):
-            before = kept[index].to(logs)
-            after = logs[row][batch.answer_mask[row]]
-            rows.append((before.exp() * (before - after)).sum())
-        return torch.stack(rows)
+        divergence = F.kl_div(logs, before.to(logs), log_target=True, reduction="none").sum(-1)
+        return torch.where(batch.answer_mask.to(logits.device), divergence, 0).sum(-1)
 
     return metric

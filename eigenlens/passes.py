@@ -1,4 +1,7 @@
-"""Passes over a batch that hand out activations, and their gradients, at chosen sites."""
+"""Passes over a batch that hand out activations, and their gradients, at chosen sites.
+
+Every layer may live on a device of its own: what is handed out is where its layer is.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -111,5 +114,5 @@ def without_padding(values: Tensor, batch: Batch) -> Tensor:
     """Zeros at padding; ``values`` is ``[batch, pos, …]``."""
     if not batch.is_padded:
         return values
-    mask = batch.attention_mask.view(*batch.attention_mask.shape, *[1] * (values.ndim - 2))
-    return torch.where(mask, values, 0)
+    mask = batch.attention_mask.to(values.device)
+    return torch.where(mask.view(*mask.shape, *[1] * (values.ndim - 2)), values, 0)

@@ -202,7 +202,7 @@ def _add_output(
     summed = without_padding(value.flatten(2), batch).double().sum(0)
     if name not in totals:
         totals[name] = summed.new_zeros(len(positions) + 1, summed.shape[1])
-    totals[name].index_add_(0, positions.of_batch(batch), summed)
+    totals[name].index_add_(0, positions.of_batch(batch).to(summed.device), summed)
 
 
 def _add_batch(run: _Run, batch: Batch) -> None:
@@ -326,7 +326,7 @@ def _direct_gradients(
     """
     with torch.enable_grad():
         first = graph.logits[:, 0]
-        right = first.gather(-1, batch.answer[:, :1])[:, 0]
+        right = first.gather(-1, batch.answer[:, :1].to(first.device))[:, 0]
         total = target(first, right).sum()
     writing = [m for m in run.maps if m.kind in _INSIDE]
     found = graph.pull(total, None, [EMBED, *(m.name for m in writing)])

@@ -58,7 +58,7 @@ class ActivationSums(_Sums):
 
     def update(self, rows: Int[Tensor, " column"], h: Activation) -> None:
         """Add a batch whose columns belong to ``rows``; padding must be zero."""
-        self.total.index_add_(0, rows, h.sum(0).to(self.total.dtype))
+        self.total.index_add_(0, rows.to(h.device), h.sum(0).to(self.total.dtype))
 
 
 @dataclass
@@ -152,12 +152,13 @@ class EffectSums(_Sums):
         example = reduce(effect, "batch pos head k -> batch head k", "sum")
         self.total += example.sum(0)
         self.square += example.square().sum(0)
-        margin = margin_effect(example, loss)
+        margin = margin_effect(example, loss.to(example.device))
         self.margin += margin.sum(0)
         self.margin_square += margin.square().sum(0)
         if self.worst is not None and self.position_square is not None:
             self.position_square += effect.square().sum((0, 1))
-            here = effect.masked_fill(~varies[..., None, None], -torch.inf)
+            outside = ~varies.to(effect.device)[..., None, None]
+            here = effect.masked_fill(outside, -torch.inf)
             self.worst = torch.maximum(self.worst, here.amax((0, 1)))
 
 

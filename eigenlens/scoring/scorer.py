@@ -307,7 +307,7 @@ class _Scorer:
             ) -> None:
                 s = self.spectra[site.name]
                 c = s.coordinates(h.to(s.dtype))
-                other = references[site.name][rows]
+                other = references[site.name][rows.to(s.device)]
                 if partner is not None:
                     other = _resampled(c, batch, partner)
                 effect = (other - c).mul_(s.slopes(g.to(s.dtype)))
@@ -365,6 +365,6 @@ def split_table(
 
 def _resampled(values: Tensor, batch: Batch, partner: Tensor) -> Tensor:
     """Values of the partner, and one's own where the partner has no token."""
-    there = batch.attention_mask[partner]
-    mask = there.view(*there.shape, *[1] * (values.ndim - 2))
+    partner, mask = (x.to(values.device) for x in (partner, batch.attention_mask[partner]))
+    mask = mask.view(*mask.shape, *[1] * (values.ndim - 2))
     return torch.where(mask, values[partner], values)

@@ -124,7 +124,7 @@ def single_effects(
             effect = without_padding(moved * s.slopes(g.to(s.dtype)), batch)
             example = reduce(effect, "batch pos head k -> batch (head k)", "sum")
             members, places = own[site.name]
-            effects[torch.tensor(batch.indices)[:, None], places] = example[:, members].cpu()
+            effects[torch.tensor(batch.indices)[:, None], places] = example.cpu()[:, members]
 
         found = forward_backward(model, sites, batch, metric, add, finite)
         values[batch.indices] = found.cpu().double()

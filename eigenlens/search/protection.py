@@ -98,7 +98,7 @@ class Protection:
         """Gradient of the penalty by every gate, on one batch; batches take turns by ``step``."""
         batch, divergence = self._turns[step % len(self._turns)]
         _, slope = gates.gradient(batch, divergence)
-        return self.weight * slope / batch.answer_mask.sum()
+        return self.weight * slope / batch.answer_mask.sum().to(slope.device)
 
     def measure(self) -> dict[str, float]:
         """Divergence of the model as it is now on the checking halves, in nats per answer token."""
@@ -112,7 +112,7 @@ class Protection:
                     part.divergence(precise(answer_logits(self._model, b)), b).sum()
                     for b in part.batches
                 )
-                tokens = sum(b.answer_mask.sum() for b in part.batches)
+                tokens = sum(b.answer_mask.sum().cpu() for b in part.batches)
                 found[name] = float(total / tokens)
         return found
 

@@ -1,0 +1,118 @@
+"""The whole chain on a device that only pretends, alone and with its layers on two.
+
+Nothing is made on the CPU and mixed with what lives elsewhere, and nothing waits in inner loops.
+"""
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import send_to_device
+from fake_device import NAME, FakeDevice, on_devices
+from tiny_models import MIXED
+
+import eigenlens as el
+from eigenlens.exact import exact_effects
+from eigenlens.gates import Gates
+from eigenlens.refinement import integrated, refined
+from eigenlens.search.gate_training import _Training
+
+TRANSFORMERS_MASK = "eigenlens.metrics.answer_logits"  # transformers asks whether rows are padded
+
+
+@pytest.fixture(params=[1, 2], ids=["one device", "two devices"])
+def device(request, tiny_folder):
+    """A model without values, its second half perhaps on another device, and the mode it runs in."""
+    model = el.load_model(tiny_folder("llama"), device="cpu")
+    late = request.param - 1
+
+    def place(name):
+        own = "layers.1." in name or "blocks.1." in name or "lm_head" in name or "unembed" in name
+        last = name.split(".")[-2] == "norm" or "ln_final" in name
+        return torch.device(NAME, late if own or last else 0)
+
+    core = model.original_model
+    for module in (*core.model.layers, core.model.norm, core.lm_head):
+        module.register_forward_pre_hook(_moved, with_kwargs=True)
+    task = el.load_task(
+        "int_add", model.tokenizer, low=1, high=12, n_train=12, n_validation=6, n_test=6
+    )
+    with FakeDevice() as mode:
+        on_devices(model, place)
+        model.cfg.device = torch.device(NAME, 0)
+        yield model, task, mode
+
+
+def _moved(module, args, kwargs):
+    """What accelerate does for layers on several devices."""
+    own = next(module.parameters()).device
+    return send_to_device(args, own), send_to_device(kwargs, own)
+
+
+def spectra_of(model, basis="svd"):
+    data = MIXED if basis == "pca" else None
+    return el.decompose(model, basis=basis, data=data, cache=False, progress=False)
+
+
+@pytest.mark.parametrize("basis", ["svd", "qk_ov", "random", "neurons", "pca"])
+def test_every_basis_scores_where_its_layers_are(device, basis):
+    model, task, _ = device
+    spectra = spectra_of(model, basis)
+    for s in spectra.values():
+        assert s.device == s.site.find(model).flat_weight.device
+        assert s.device.type == NAME
+    for criterion in ("mean", "margin", "max"):
+        for reference in ("mean", "shared", "zero", "resample"):
+            options = {"criterion": criterion, "reference": reference, "batch_size": 5}
+            for memory in (None, 0.0):
+                scores = el.score(
+                    model, spectra, task.train, memory_gb=memory, progress=False, **options
+                )
+            assert len(scores) == spectra.n_components
+    with Gates(model, scores) as gates:
+        gates.z = gates.z + 0.5
+
+
+def test_searches_freezing_and_evaluation(device):
+    model, task, _ = device
+    scores = el.score(model, spectra_of(model), task.train, criterion="margin", progress=False)
+    data = (model, scores, task.train, task.validation)
+    with el.freeze(model, el.select(scores, 0.2)):
+        assert el.evaluate(model, task.test, progress=False).n == 6
+    protect = el.Protection(model, {"others": task.test})
+    config = el.LearnedConfig(steps=2, every=1)
+    assert len(el.learned(*data, config, protect=protect, progress=False).trace) == 3
+    el.guarded(*data, el.GuardedConfig(steps=2, step=2), protect=protect, progress=False)
+    el.iterative(*data, steps=2, progress=False)
+    el.one_shot(model, scores, task.validation, fractions=(0.1,))
+
+
+def test_estimates_circuits_and_activations(device):
+    model, task, _ = device
+    scores = el.score(model, spectra_of(model), task.train, criterion="margin", progress=False)
+    rows = np.array([0, 50, 300])
+    assert exact_effects(model, scores, rows, task.train, progress=False).shape == (3, 12)
+    integrated(model, scores, task.train, steps=2, progress=False)
+    refined(model, scores, task.train, count=3, progress=False)
+    frozen = el.select(scores, count=3)
+    found = el.circuit(model, scores, task.train, frozen, strongest=2, progress=False)
+    assert len(found) >= 3
+    assert el.activation_change(model, frozen, task.test).n_examples == 6
+
+
+def test_inner_loops_do_not_wait_for_the_device(device):
+    model, task, mode = device
+    spectra = spectra_of(model)
+    for criterion in ("mean", "margin"):
+        waits = []
+        for batch_size in (12, 3):
+            mode.waits.clear()
+            options = {"criterion": criterion, "batch_size": batch_size}
+            scores = el.score(model, spectra, task.train, progress=False, **options)
+            waits.append({k: n for k, n in mode.waits.items() if k != TRANSFORMERS_MASK})
+        assert waits[0] == waits[1]
+    with Gates(model, scores) as gates:
+        run = _Training(gates, scores, task.train, el.LearnedConfig(batch_size=6), None)
+        mode.waits.clear()
+        for step in (1, 2, 3):
+            run.step(step)
+    assert set(mode.waits) <= {TRANSFORMERS_MASK}
