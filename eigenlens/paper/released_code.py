@@ -149,6 +149,27 @@ def select_like_reference(
     return select(scores, count=int(largest * fraction))
 
 
+def choose_like_reference(
+    model: TransformerBridge,
+    scores: Scores,
+    validation: Dataset,
+    switches: ReferenceCode,
+    fractions: Sequence[float],
+    *,
+    batch_size: int = 50,
+) -> SearchResult:
+    """The best of several quotas on validation; freezing nothing is no choice."""
+    return one_shot(
+        model,
+        scores,
+        validation,
+        fractions=fractions,
+        choose=partial(select_like_reference, switches=switches),
+        or_nothing=False,
+        batch_size=batch_size,
+    )
+
+
 @contextmanager
 def finetuned(
     model: TransformerBridge,
@@ -224,15 +245,8 @@ def run_like_released(
             undo.enter_context(tuned)
         spectra = decompose(model, matrices, cache=not switches.finetune, progress=False)
         scores = score_like_reference(model, spectra, task.train, switches, seed=seed)
-        choose = partial(select_like_reference, switches=switches)
-        found = one_shot(
-            model,
-            scores,
-            task.validation,
-            fractions=fractions,
-            choose=choose,
-            or_nothing=False,
-            batch_size=batch_size,
+        found = choose_like_reference(
+            model, scores, task.validation, switches, fractions, batch_size=batch_size
         )
         with freeze(model, found.frozen):
             after = evaluate(model, task.test, batch_size=batch_size, progress=False)

@@ -25,9 +25,9 @@ from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.paper.released_code import (
     ReferenceCode,
+    choose_like_reference,
     finetuned,
     score_like_reference,
-    select_like_reference,
 )
 from eigenlens.paper.studies.result import ExperimentResult, Parts, part_key, share
 from eigenlens.plots.style import BLUE, FULL_WIDTH, ORANGE, TEMPLATE
@@ -220,8 +220,8 @@ def _switches(
     rows = []
     for name, switches in variants.items():
         scores = score_like_reference(model, spectra, task.train, switches, seed=seed)
-        frozen = _chosen(model, scores, switches, task, setting)
-        common = {"estimator": name, "passes": None, **_one_shot(model, frozen, task)}
+        found = choose_like_reference(model, scores, task.validation, switches, setting.shares)
+        common = {"estimator": name, "passes": None, **_one_shot(model, found.frozen, task)}
         rows += _rows(scores.delta_loss, drawn, exact, common)
     with finetuned(model, task.train, seed=seed):
         tuned = decompose(model, cache=False, progress=False)
@@ -229,24 +229,11 @@ def _switches(
         scores = score_like_reference(model, tuned, task.train, switches, seed=seed)
         nothing = FrozenSet.from_scores(scores, np.array([], dtype=int))
         alone = _one_shot(model, nothing, task)
-        both = _one_shot(model, _chosen(model, scores, switches, task, setting), task)
+        found = choose_like_reference(model, scores, task.validation, switches, setting.shares)
+        both = _one_shot(model, found.frozen, task)
     rows.append({"estimator": "fine-tuning epoch alone", "stratum": "all", **alone})
     rows.append({"estimator": "released code with fine-tuning", "stratum": "all", **both})
     return rows
-
-
-def _chosen(
-    model: TransformerBridge,
-    scores: Scores,
-    switches: ReferenceCode,
-    task: Task,
-    setting: Setting,
-) -> FrozenSet:
-    choose = partial(select_like_reference, switches=switches)
-    found = one_shot(
-        model, scores, task.validation, fractions=setting.shares, choose=choose, or_nothing=False
-    )
-    return found.frozen
 
 
 def _one_shot(model: TransformerBridge, frozen: FrozenSet, task: Task) -> dict[str, Any]:
