@@ -1,9 +1,8 @@
 """What TransformerLens 4.3 does wrong with some architectures: mended or refused here."""
 
-from functools import partial
+from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -37,22 +36,26 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
 
 
 def mend_rotary_dtype(model: TransformerBridge) -> None:
-    """Bring rotated queries and keys back to the type of the weights, as transformers does.
+    """Bring rotated queries and keys back to the type of the stream, as transformers does.
 
     OLMo rotates in float32. TransformerLens goes on in float32 and then multiplies with values of
     half precision, which fails without a cache and rounds differently with one.
     """
     for module in model.modules():
-        if isinstance(module, PositionEmbeddingsAttentionBridge) and "o" in module.submodules:
+        if isinstance(module, PositionEmbeddingsAttentionBridge) and module not in _mended:
+            stream = _StreamType()
+            module.register_forward_pre_hook(stream.note, with_kwargs=True)
             for name in ("hook_rot_q", "hook_rot_k"):
-                point = getattr(module, name, None)
-                if isinstance(point, HookPoint) and point not in _mended:
-                    point.register_forward_hook(partial(_as_weight, module.o))
-                    _mended.add(point)
+                if isinstance(point := getattr(module, name, None), HookPoint):
+                    point.register_forward_hook(stream.restore)
+            _mended.add(module)
 
 
-def _as_weight(
-    linear: nn.Module, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
-    dtype: torch.dtype = linear.weight.dtype  # type: ignore[assignment]
-    return output.to(dtype) if dtype.is_floating_point else output
+class _StreamType:
+    """The type of what an attention reads, given to what it rotates."""
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._dtype = (args[0] if args else kwargs["hidden_states"]).dtype
+
+    def restore(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.to(self._dtype)
