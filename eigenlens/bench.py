@@ -7,7 +7,6 @@ each is reported; the rise of the resident memory is sampled in a run before, wh
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,12 +16,15 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.costs import peak_memory
+from eigenlens.costs import now, peak_memory
 from eigenlens.decomposition import decompose
 from eigenlens.gates import Gates, faster_products
-from eigenlens.metrics import answer_logits
+from eigenlens.matrices import weight_matrices
+from eigenlens.metrics import answer_logits, answer_loss
+from eigenlens.passes import FiniteCheck, forward_backward
 from eigenlens.provenance import versions
 from eigenlens.scoring import score
+from eigenlens.spectra import Spectra
 from eigenlens.tasks import Batch, Task, make_batches
 
 
@@ -39,9 +41,11 @@ def benchmark(
     Returns:
         ``score_to_training_step`` (ratio of medians), ``score_to_lean_training_step`` (the same
         against training steps with logits at answer positions only), the ratios of scoring by
-        ``max`` and of training gates (in float32, and as ``learned`` does), ``peak_memory_mb``
-        (resident memory above that before, while scoring), ``training_peak_memory_mb``, medians in
-        seconds and what was run.
+        ``margin`` and ``max``, of the gradients of activations without any sum
+        (``gradients_alone``: the limit), and of training gates (in float32, and as ``learned``
+        does), ``peak_memory_mb`` (resident memory above that before, while scoring),
+        ``training_peak_memory_mb``, medians in seconds (a cold decomposition and LAPACK's SVD of
+        the same weights in float32 among them) and what was run.
     """
     spectra = decompose(model, progress=progress)
     batches = make_batches(task.train, model, batch_size)
@@ -49,9 +53,15 @@ def benchmark(
     gates = Gates(model, base)
     jobs: dict[str, Callable[[], object]] = {
         "score": lambda: score(model, spectra, task.train, batch_size=batch_size, progress=False),
+        "score_margin": lambda: score(
+            model, spectra, task.train, criterion="margin", batch_size=batch_size, progress=False
+        ),
         "score_max": lambda: score(
             model, spectra, task.train, criterion="max", batch_size=batch_size, progress=False
         ),
+        "gradients_alone": lambda: _gradients(model, spectra, batches),
+        "decompose": lambda: decompose(model, cache=False, progress=False),
+        "decompose_by_lapack": lambda: _lapack(model),
         "gates": lambda: _train_gates(gates, batches, nullcontext),
         "gates_in_bfloat16": lambda: _train_gates(gates, batches, faster_products),
         "training": lambda: _train(model, batches, _all_logits),
@@ -62,14 +72,16 @@ def benchmark(
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in tqdm(range(repeats), desc="bench", disable=not progress):
         for name, job in jobs.items():
-            start = time.perf_counter()
+            start = now()
             job()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(now() - start)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "score_to_training_step": median["score"] / median["training"],
         "score_to_lean_training_step": median["score"] / median["lean_training"],
+        "score_margin_to_training_step": median["score_margin"] / median["training"],
         "score_max_to_training_step": median["score_max"] / median["training"],
+        "gradients_alone_to_training_step": median["gradients_alone"] / median["training"],
         "gates_to_training_step": median["gates"] / median["training"],
         "gates_in_bfloat16_to_training_step": median["gates_in_bfloat16"] / median["training"],
         "peak_memory_mb": memory["score"],
@@ -124,6 +136,20 @@ def _train_gates(
             adam.zero_grad()
             z.backward(slope)
             adam.step()
+
+
+def _gradients(model: TransformerBridge, spectra: Spectra, batches: list[Batch]) -> None:
+    """Forward and backward passes that hand out activations and gradients to nobody."""
+    sites = [spectrum.site for spectrum in spectra.values()]
+    finite = FiniteCheck()
+    for batch in batches:
+        forward_backward(model, sites, batch, answer_loss, lambda *given: None, finite)
+
+
+def _lapack(model: TransformerBridge) -> None:
+    """The singular value decompositions of all weights that LAPACK makes."""
+    for matrix in weight_matrices(model):
+        torch.linalg.svd(matrix.weight.float(), full_matrices=False)
 
 
 def _forward(model: TransformerBridge, batches: list[Batch]) -> None:

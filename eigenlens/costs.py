@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -56,17 +57,24 @@ class PeakMemory:
     mb: float = 0.0
 
 
+def now() -> float:
+    """Seconds on a clock, read when an accelerator has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 @contextmanager
 def measured(model: TransformerBridge) -> Iterator[Cost]:
     """Measure what the block does with ``model``; the cost is complete when the block ends."""
     cost = Cost()
     handle = model.unembed.register_forward_hook(_counter(cost))
     with peak_memory() as peak:
-        start = time.perf_counter()
+        start = now()
         try:
             yield cost
         finally:
-            cost.seconds = time.perf_counter() - start
+            cost.seconds = now() - start
             handle.remove()
     cost.peak_memory_mb = peak.mb
 

@@ -107,6 +107,7 @@ class PositionMeans:
         count: Int[Tensor, " row"],
     ) -> "PositionMeans":
         """Means from sums over the rows of ``positions``, the last row for the rest."""
+        count = count.to(total.device)
         number = count[:, None].clamp_min(1).to(total)
         fallback = total.sum(0) / count.sum().clamp_min(1)
         values = (total / number)[:-1].T.contiguous()

@@ -19,14 +19,7 @@ from torch.utils.backend_registration import (
 NAME = "accel"
 
 
-class _TwoDevices(_DummyDeviceGuard):
-    def device_count(self):
-        return 2
-
-    deviceCount = device_count
-
-
-_GUARD = _TwoDevices()  # PyTorch does not keep it alive
+_GUARD = _DummyDeviceGuard()  # PyTorch does not keep it alive
 if not hasattr(torch, NAME):
     _setup_privateuseone_for_python_backend(NAME, device_guard=_GUARD)
 
@@ -75,27 +68,24 @@ class FakeDevice(TorchDispatchMode):
 
             def constant(value):
                 # Numbers that are tensors go anywhere.
-                if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
-                    if value.ndim == 0:
-                        return self.fake.from_tensor(value)
-                return value
+                real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+                return self.fake.from_tensor(value) if real and value.ndim == 0 else value
 
             args, kwargs = tree_map(constant, (args, kwargs))
             return func(*args, **kwargs)
 
 
 def on_devices(model, devices):
-    """Replace every parameter and buffer of ``model`` by one without values.
+    """Replace parameters and buffers of ``model`` by ones without values.
 
-    ``devices`` says where: a function of the parameter's name.
+    ``devices`` says where each is, by its name; those on the CPU stay.
     """
     for name, module in model.named_modules():
         for store in (module._parameters, module._buffers):
             for key, value in store.items():
-                if value is not None:
-                    made = torch.empty(
-                        tuple(value.shape), dtype=value.dtype, device=devices(f"{name}.{key}")
-                    )
+                where = devices(f"{name}.{key}")
+                if value is not None and where.type != "cpu":
+                    made = torch.empty(tuple(value.shape), dtype=value.dtype, device=where)
                     if isinstance(value, torch.nn.Parameter):
                         made = torch.nn.Parameter(made, requires_grad=False)
                     store[key] = made

@@ -261,7 +261,7 @@ def _targets(
         x, reads, writes = graph.inputs[own.map], own.ends.reads, own.ends.writes
         slopes = real.gradients[own.map].to(writes) @ writes.T
         for number in np.unique(own.node):
-            inside = torch.as_tensor(own.node == number, device=writes.device)
+            inside = torch.as_tensor(np.flatnonzero(own.node == number), device=writes.device)
             yield x, (slopes[..., inside] @ reads[:, inside].T).to(x).view_as(x)
     for matrix in run.maps:
         x = graph.inputs[matrix.name]

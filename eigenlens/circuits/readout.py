@@ -164,7 +164,7 @@ def _one_summary(tokens: "_Tokens", node: Node, top: int) -> tuple[str, str, str
         table = tokens.ends(tokens.logits(written[through]), top)
     else:
         pairs = tokens.pairs(node, top)
-        table = pairs.assign(token=pairs["query"] + "→" + pairs["key"])
+        table = pairs.assign(token=pairs["query"].astype(str) + "→" + pairs["key"].astype(str))
     return _joined(reads, 1), _joined(table, 1), _joined(table, -1)
 
 
