@@ -13,7 +13,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens import bases
 from eigenlens import cache as disk
-from eigenlens.matrices import JOINT_KINDS, Site, WeightMatrix, weight_matrices
+from eigenlens.matrices import (
+    JOINT_KINDS,
+    Site,
+    WeightMatrix,
+    checked_kinds,
+    weight_matrices,
+)
 from eigenlens.passes import Activation, FiniteCheck, record, without_padding
 from eigenlens.provenance import Provenance, tensor_hash
 from eigenlens.spectra import Spectra, Spectrum
@@ -105,7 +111,7 @@ def _makers(
 ) -> list[Callable[[], Spectrum]]:
     """What makes each decomposition, in the order of the model."""
     if basis == "qk_ov":
-        kinds = _joint_kinds(matrices)
+        kinds = checked_kinds(matrices, JOINT_KINDS) or JOINT_KINDS
         queries = weight_matrices(model, ["W_Q"], layers)
         _check_finite(weight_matrices(model, ["W_Q", "W_K", "W_V", "W_O"], layers))
         return [
@@ -134,19 +140,6 @@ def _makers(
 def working_dtype(matrix: WeightMatrix) -> torch.dtype:
     """In which coordinates of this matrix are computed and summed."""
     return torch.promote_types(matrix.flat_weight.dtype, torch.float32)
-
-
-def _joint_kinds(matrices: Iterable[str] | None) -> tuple[str, ...]:
-    if matrices is None:
-        return JOINT_KINDS
-    kinds = (matrices,) if isinstance(matrices, str) else tuple(matrices)
-    unknown = [kind for kind in kinds if kind not in JOINT_KINDS]
-    if unknown or not kinds:
-        raise ValueError(
-            f"basis='qk_ov' has the joint maps {' and '.join(JOINT_KINDS)}, "
-            f"not {', '.join(unknown) or '(none)'}."
-        )
-    return kinds
 
 
 def _check_finite(matrices: Iterable[WeightMatrix]) -> None:

@@ -103,6 +103,8 @@ class FrozenSet:
 
     def by_site(self) -> Iterator[tuple[str, np.ndarray]]:
         """Names of the matrices and the rows that lie in each."""
+        if not len(self):
+            return
         names = "blocks." + self.components["layer"].astype(str) + "." + self.components["matrix"]
         for name, rows in names.groupby(names, sort=False).indices.items():
             yield str(name), np.asarray(rows)

@@ -250,7 +250,7 @@ def weight_matrices(
         UnsupportedModelError: a mixture-of-experts or state-space block; names layer and kind.
     """
     check_model(model)
-    kinds = _checked_kinds(matrices)
+    kinds = checked_kinds(matrices)
     if not hasattr(model, "blocks"):
         raise UnsupportedModelError(
             f"{type(model.original_model).__name__} has no stack of transformer blocks."
@@ -268,15 +268,18 @@ def weight_matrices(
     return WeightMatrices(found)
 
 
-def _checked_kinds(matrices: Iterable[str] | None) -> tuple[str, ...] | None:
+def checked_kinds(
+    matrices: Iterable[str] | None, known: tuple[str, ...] = MATRIX_KINDS
+) -> tuple[str, ...] | None:
+    """The kinds that are named, ``None`` for all; an unknown one raises ``ValueError``."""
     if matrices is None:
         return None
     kinds = (matrices,) if isinstance(matrices, str) else tuple(matrices)
-    unknown = [kind for kind in kinds if kind not in MATRIX_KINDS]
+    unknown = [kind for kind in kinds if kind not in known]
     if unknown or not kinds:
         raise ValueError(
             f"Unknown matrix kind {', '.join(map(repr, unknown)) or '(none)'}; "
-            f"choose from {', '.join(MATRIX_KINDS)}."
+            f"choose from {', '.join(known)}."
         )
     return kinds
 

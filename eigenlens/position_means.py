@@ -44,7 +44,8 @@ class Positions:
             raise ValueError(f"n_positions={n_positions} is negative.")
         first = min(batch.positions.start for batch in batches)
         start = first if n_positions is None else max(first, -n_positions - 1)
-        return cls(start, max(batch.positions.stop for batch in batches), bucketed=start > first)
+        stop = max(batch.positions.stop for batch in batches)
+        return cls(start, stop, bucketed=n_positions is not None and start < -n_positions)
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eigenlens as el
+from eigenlens.position_means import PositionMeans, Positions
 from eigenlens.provenance import Provenance
 
 KINDS = ["W_Q"] * 60 + ["W_in"] * 25 + ["W_out"] * 15
@@ -28,9 +29,8 @@ def scores(values, criterion="mean"):
         }
     )
     provenance = Provenance(model="m", model_fingerprint="f", versions={})
-    return el.Scores(
-        table, np.zeros((n, 2)), range(-2, 0), np.array([4, 4]), criterion, "mean", 4, provenance
-    )
+    means = PositionMeans(Positions(-2, 0), np.array([4, 4]), np.zeros((n, 2)), np.zeros(n))
+    return el.Scores(table, means, criterion, "mean", 4, provenance)
 
 
 VALUES = np.random.default_rng(0).permutation(np.linspace(-1, 1, 100))

@@ -119,7 +119,7 @@ def test_unknown_kinds_layers_and_bases(tiny):
         el.decompose(model, basis="fourier")
     with pytest.raises(ValueError, match="pca' needs data"):
         el.decompose(model, basis="pca")
-    with pytest.raises(ValueError, match="joint maps QK and OV, not W_K"):
+    with pytest.raises(ValueError, match="Unknown matrix kind 'W_K'; choose from QK, OV"):
         el.decompose(model, ["W_K"], basis="qk_ov")
     with pytest.raises(ValueError, match="input of W_out"):
         el.decompose(model, ["W_in"], basis="neurons")

@@ -11,6 +11,7 @@ from tiny_models import EQUAL, dataset
 
 import eigenlens as el
 from eigenlens.baselines.baseline import FitResult
+from eigenlens.baselines.edits import NoEdit
 from eigenlens.costs import Cost
 from eigenlens.evaluation import Evaluation
 from eigenlens.paper import plots as paper_plots
@@ -113,7 +114,7 @@ def test_names_in_notebooks(found):
         search,
     )
     table = pd.DataFrame({"token": [NASTY], "score": [1.0]})
-    fit = FitResult(NASTY, None, evaluation(), table, Cost())
+    fit = FitResult(NASTY, NoEdit(), evaluation(), table, Cost())
     data = dataset([(NASTY, NASTY)])
     for shown in (
         evaluation(),

@@ -188,7 +188,8 @@ def test_a_search_tokenises_its_data_once(tiny, calls):
     train = dataset([(f"{a} + 50 =", f" {a}") for a in range(12)])
     validation = dataset([(f"{a} + 51 =", f" {a}") for a in range(4)])
     scores = el.score(model, spectra, train, progress=False)
-    el.learned(model, scores, train, validation, steps=6, every=2, batch_size=4, progress=False)
+    config = el.LearnedConfig(steps=6, every=2, batch_size=4)
+    el.learned(model, scores, train, validation, config, progress=False)
     assert sum(calls) == 2 * (12 + 4)
 
 

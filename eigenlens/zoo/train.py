@@ -75,7 +75,7 @@ def accuracies(model: GPT2LMHeadModel, data: Data) -> dict[str, float]:
 
 def train(
     steps: int, seed: int, lr: float = 2e-3, weight_decay: float = 0.1, dropout: float = 0.1
-) -> tuple[GPT2LMHeadModel, list[dict[str, float]], Data]:
+) -> tuple[GPT2LMHeadModel, list[dict[str, int | float]], Data]:
     """Full-batch AdamW with warm-up and cosine decay; returns model, loss curve and data.
 
     Dropout spreads each computation over several directions, so that it outlives the loss of a few;
@@ -122,7 +122,9 @@ def _without_dropout(model: GPT2LMHeadModel) -> None:
             module.p = 0.0
 
 
-def card(curve: list[dict[str, float]], found: dict[str, float], steps: int, seed: int) -> str:
+def card(
+    curve: list[dict[str, int | float]], found: dict[str, float], steps: int, seed: int
+) -> str:
     """The model card."""
     floor = float(F.cross_entropy(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))) / len(SIGNS)
     rows = "\n".join(f"| {point['step']} | {point['loss']:.4f} |" for point in curve)
