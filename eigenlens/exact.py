@@ -73,7 +73,7 @@ def exact_effects(
                 copies = _Copies(model, spectra, scores, rows[which], int(layer), batch, strength)
                 for at, logits in zip(which, copies.logits(), strict=True):
                     change = metric(precise(logits), batch) - base
-                    effects[at, batch.indices] = change.double().cpu().numpy()
+                    effects[at, batch.indices] = change.cpu().double().numpy()
                 bar.update(len(which))
     bar.close()
     return effects

@@ -75,7 +75,7 @@ def integrated(
         for node in tqdm(range(steps), desc="integrated", disable=not progress):
             gates.z = torch.full_like(gates.z, (node + 0.5) / steps)
             for batch in batches:
-                total += gates.gradient(batch, metric)[1].double().cpu().numpy()
+                total += gates.gradient(batch, metric)[1].cpu().double().numpy()
     return with_estimate(scores, "integrated", total / (steps * len(data)))
 
 

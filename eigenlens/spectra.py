@@ -236,7 +236,7 @@ class Spectra(Mapping[str, Spectrum]):
         shapes = [tuple(s.sigma.shape) for s in self.values()]
         heads = [np.repeat(np.arange(n), k) for n, k in shapes]
         places = [np.tile(np.arange(k), n) for n, k in shapes]
-        sigma = [s.sigma.flatten().double().cpu().numpy() for s in self.values()]
+        sigma = [s.sigma.flatten().cpu().double().numpy() for s in self.values()]
         return pd.DataFrame(
             {
                 "layer": np.repeat([site.layer for site in sites], self.sizes),

@@ -464,3 +464,17 @@ def test_bad_models_and_data_are_refused(tiny, tiny_folder):
     model.blocks[1].mlp.out.original_component.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match=r"blocks\.1\.W_out holds NaN"):
         spectra_of(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
+def test_processed_weights_of_the_bridge_score_like_any(tiny_folder, family):
+    """Under TransformerLens' compatibility mode, which folds norms, scoring was a bare KeyError."""
+    model = el.load_model(tiny_folder(family), dtype=torch.float64, device="cpu")
+    model.enable_compatibility_mode()
+    scores = quiet(model, spectra_of(model), EQUAL)
+    base = el.evaluate(model, EQUAL, progress=False).loss
+    for row in np.argsort(-np.abs(scores.delta_loss))[:3]:
+        frozen = el.FrozenSet.from_scores(scores, np.array([row]), strength=1e-5)
+        with el.freeze(model, frozen):
+            slope = (el.evaluate(model, EQUAL, progress=False).loss - base) / 1e-5
+        assert slope == pytest.approx(scores.delta_loss[row], rel=1e-2, abs=1e-6)

@@ -50,7 +50,7 @@ class Factors:
         try:
             return cls(*torch.linalg.svd(weight, full_matrices=False))
         except torch.linalg.LinAlgError:
-            array = weight.double().cpu().numpy()
+            array = weight.cpu().double().numpy()
             parts = scipy.linalg.svd(array, full_matrices=False, lapack_driver="gesvd")
             return cls(*(torch.from_numpy(part).to(weight) for part in parts))
 

@@ -170,6 +170,6 @@ def _cosines(
             "head": heads[start // block.shape[1]],
             "first": start % block.shape[1],
             "size": size,
-            "score": score.double().cpu().numpy()[start],
+            "score": score.cpu().double().numpy()[start],
         }
     )

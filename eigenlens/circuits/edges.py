@@ -173,7 +173,7 @@ def _output_means(
 ) -> dict[str, PositionMeans]:
     """Mean output of every map and of the embedding; at zero input, the bias where there is one."""
     if reference == "zero":
-        biases = {m.name: m.bias.double().cpu().numpy() for m in maps if m.bias is not None}
+        biases = {m.name: m.bias.cpu().double().numpy() for m in maps if m.bias is not None}
         return {name: PositionMeans.constant(bias) for name, bias in biases.items()}
     n_positions = like.positions.n_positions
     positions = Positions() if like.is_shared else Positions.of(batches, n_positions)

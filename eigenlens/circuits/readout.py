@@ -209,7 +209,7 @@ class _Tokens:
 
     def ends(self, scores: Float[Tensor, " token"], top: int) -> pd.DataFrame:
         """The highest and, where there are signs, the lowest scores, with their tokens."""
-        values = scores.double().cpu().numpy()
+        values = scores.cpu().double().numpy()
         order = np.argsort(-values, kind="stable")
         last = order[top:][-top:]
         chosen = np.concatenate([order[:top], last[values[last] < 0]])
@@ -243,7 +243,7 @@ class _Tokens:
         multiplied out; for a block the ends of every member.
         """
         rows, columns = _both_ends(query, top), _both_ends(key, top)
-        products = (query[rows] @ key[columns].T).double().cpu().numpy().flatten()
+        products = (query[rows] @ key[columns].T).cpu().double().numpy().flatten()
         order = np.argsort(-products, kind="stable")
         first, last = order[:top], order[-top:]
         chosen = np.concatenate([first[products[first] > 0], last[products[last] < 0]])

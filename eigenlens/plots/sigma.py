@@ -100,7 +100,7 @@ def singular_values(
 
 def _values(spectrum: Spectrum) -> pd.DataFrame:
     """One row per component: ``layer, matrix, head, index, sigma, ratio``."""
-    sigma = spectrum.sigma.double().cpu().numpy()
+    sigma = spectrum.sigma.cpu().double().numpy()
     edge = bulk_edge(sigma, spectrum.site.width, spectrum.site.far_width)
     heads, rank = sigma.shape
     return pd.DataFrame(

@@ -63,7 +63,7 @@ class SingleEffects:
         ):
             total = (w * values).sum(0)
             columns |= {mean: total / n, std: spread(total, (w * values.square()).sum(0), n)}
-        made = {name: value.double().cpu().numpy() for name, value in columns.items()}
+        made = {name: value.cpu().double().numpy() for name, value in columns.items()}
         table = self.scores.components.iloc[self.rows].reset_index(drop=True)
         gone = dict.fromkeys(("position_square", "worst", "estimate"), np.nan)
         return replace(

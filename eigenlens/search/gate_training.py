@@ -141,7 +141,7 @@ def learned(
 
 def gated(scores: Scores, gates: Float[Tensor, " component"]) -> FrozenSet:
     """The components whose gate is open, with their strengths."""
-    strength = gates.detach().double().cpu().numpy()
+    strength = gates.detach().cpu().double().numpy()
     rows = np.flatnonzero(strength > _OFF)
     return FrozenSet.from_scores(scores, rows, strength[rows])
 
