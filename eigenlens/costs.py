@@ -59,8 +59,10 @@ class PeakMemory:
 
 def now() -> float:
     """Seconds on a clock, read when an accelerator has done what it was given."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()
     return time.perf_counter()
 
 

@@ -21,6 +21,11 @@ import eigenlens as el
 torch.set_num_threads(2)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that register a device for the whole process run last."""
+    items.sort(key=lambda item: item.path.name == "test_devices.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Decompositions of random models do not belong into the developer's cache."""

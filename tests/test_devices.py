@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from fake_device import NAME, FakeDevice, on_devices
 from tiny_models import MIXED
 
 import eigenlens as el
@@ -23,6 +22,9 @@ TRANSFORMERS_MASK = "eigenlens.metrics.answer_logits"  # transformers asks wheth
 @pytest.fixture(params=[1, 2], ids=["one device", "two devices"])
 def device(request, tiny_folder):
     """A model without values, perhaps half of it on another device, and the mode it runs in."""
+    # Imported here, since from then on the process knows another device.
+    from fake_device import NAME, FakeDevice, on_devices
+
     model = el.load_model(tiny_folder("llama"), device="cpu")
     late = torch.device(NAME if request.param == 1 else "cpu")
 
