@@ -198,7 +198,7 @@ def test_bases_have_the_components_of_the_same_matrices(arith):
         "pca": ["blocks.1.W_V", "blocks.1.W_O", "blocks.1.W_out"],
     }
     assert search.in_basis("svd") is search
-    with pytest.raises(ValueError, match="QK and OV"):
+    with pytest.raises(ValueError, match="QK, OV"):
         bl.Search(model, spectra.select(["W_Q"]), task).in_basis("qk_ov")
 
 
