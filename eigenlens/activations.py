@@ -25,7 +25,8 @@ from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import WeightMatrix, weight_matrices
 from eigenlens.metrics import answer_logits, check_eval_mode, precise
-from eigenlens.provenance import Provenance, text_hash
+from eigenlens.passes import widened
+from eigenlens.provenance import Provenance, data_hash
 from eigenlens.tasks.batches import Batch, make_batches
 
 _TABLES = ("residual", "heads", "mlp", "lens", "patterns")
@@ -140,7 +141,7 @@ def activation_change(
             with edit:
                 after = _record(model, batch, sums.outputs)
             sums.add(batch, before, after)
-    provenance = Provenance.of(model, task_hash=text_hash(data.to_list()))
+    provenance = Provenance.of(model, task_hash=data_hash(data))
     return _result(sums.tables(), len(data), provenance)
 
 
@@ -213,8 +214,7 @@ class _Sums:
 
     def _put(self, name: str, at: tuple[slice, ...], values: Tensor, mask: Tensor) -> None:
         """Add values ``[batch, pos, …]`` where the mask holds."""
-        mask = mask.to(values.device).view(*mask.shape, *[1] * (values.ndim - 2))
-        total = torch.where(mask, values, 0).double().sum(0).cpu()
+        total = torch.where(widened(mask, values), values, 0).cpu().double().sum(0)
         if name not in self.totals:
             length = [len(self.positions)] * len(at)
             self.totals[name] = total.new_zeros(*length, *total.shape[len(at) :])

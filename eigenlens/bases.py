@@ -14,13 +14,14 @@
 Outside the first two, σ is how long the matrix is along a direction.
 """
 
+from dataclasses import replace
+
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.matrices import Site, WeightMatrix, weight_matrices
+from eigenlens.matrices import Site, WeightMatrix, map_of
 from eigenlens.provenance import text_hash
 from eigenlens.spectra import Spectrum
 
@@ -65,9 +66,14 @@ def singular_basis(weight: Small) -> tuple[Basis, Float[Tensor, "head k"]]:
                 x[0] for x in singular_basis(along[head, None, -n_small:])
             )
             basis[head, :, -n_small:] = basis[head, :, -n_small:] @ turn
+    basis, sigma = _falling(basis, sigma)
+    return _with_signs(basis), sigma * scale[..., 0]
+
+
+def _falling(basis: Basis, sigma: Float[Tensor, "head k"]) -> tuple[Basis, Float[Tensor, "head k"]]:
+    """The longest directions first."""
     order = sigma.argsort(dim=-1, descending=True, stable=True)
-    basis = basis.gather(-1, order[:, None, :].expand_as(basis))
-    return _with_signs(basis), sigma.gather(-1, order) * scale[..., 0]
+    return basis.gather(-1, order[:, None, :].expand_as(basis)), sigma.gather(-1, order)
 
 
 def _with_signs(basis: Basis) -> Basis:
@@ -114,10 +120,8 @@ def random(matrix: WeightMatrix, dtype: torch.dtype, seed: int) -> Spectrum:
     shape = (weight.shape[0], weight.shape[1], min(weight.shape[-2:]))
     noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(weight.device)
     basis = torch.linalg.qr(noise).Q
-    sigma = lengths(weight, basis)
-    order = sigma.argsort(dim=-1, descending=True)
-    basis = basis.gather(-1, order[:, None, :].expand_as(basis))
-    return orthonormal(matrix.site, basis, sigma.gather(-1, order), dtype, _device(matrix))
+    basis, sigma = _falling(basis, lengths(weight, basis))
+    return orthonormal(matrix.site, basis, sigma, dtype, _device(matrix))
 
 
 def neurons(matrix: WeightMatrix, dtype: torch.dtype) -> Spectrum:
@@ -145,9 +149,10 @@ def joint(model: TransformerBridge, layer: int, kind: str, dtype: torch.dtype) -
     the joint map read and write nothing.
     """
     first, second = ("W_Q", "W_K") if kind == "QK" else ("W_V", "W_O")
-    maps = {m.kind: m for m in weight_matrices(model, [first, second], [layer])}
-    n_heads = max(m.n_heads for m in maps.values())
-    inner, outer = (_by_query_head(maps[name], n_heads) for name in (first, second))
+    own = map_of(model, layer, "W_Q" if kind == "QK" else "W_O")
+    inner, outer = (
+        _by_query_head(map_of(model, layer, name), own.n_heads) for name in (first, second)
+    )
     r_a = torch.linalg.qr(inner).R
     r_b = torch.linalg.qr(outer if kind == "QK" else outer.mT).R
     u, sigma, vh = torch.linalg.svd(r_a @ r_b.mT, full_matrices=False)
@@ -157,12 +162,9 @@ def joint(model: TransformerBridge, layer: int, kind: str, dtype: torch.dtype) -
     write = inverse[..., None] * (u.mT @ r_a)
     peak = write.gather(-1, write.abs().argmax(dim=-1, keepdim=True))
     sign = torch.where(peak < 0, -1.0, 1.0).to(write)
-    own = maps["W_Q" if kind == "QK" else "W_O"]
-    base = own.site
-    site = Site(layer, kind, n_heads, base.side, base.width, base.far_width)
     device = _device(own)
     return Spectrum(
-        site,
+        replace(own.site, kind=kind),
         (read * sign.mT).to(dtype).to(device),
         (write * sign).to(dtype).to(device),
         _placed(sigma, device),
@@ -177,14 +179,3 @@ def _by_query_head(matrix: WeightMatrix, n_heads: int) -> Float[Tensor, "head d_
 
 def _device(matrix: WeightMatrix) -> torch.device:
     return matrix.flat_weight.device
-
-
-def merged_covariance(
-    total: Float[Tensor, "head width"],
-    square: Float[Tensor, "head width width"],
-    count: int,
-) -> Float[Tensor, "head width width"]:
-    """Covariance from sums of activations and of their outer products."""
-    mean = total / count
-    outer = rearrange(mean, "head a -> head a 1") * rearrange(mean, "head b -> head 1 b")
-    return square / count - outer

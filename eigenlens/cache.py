@@ -31,16 +31,21 @@ class Entry:
 
 def entries() -> list[Entry]:
     """What the cache holds, last used first."""
-    found = [
-        Entry("decomposition", path, path.stat().st_size, path.stat().st_mtime)
-        for path in (cache_dir() / _DECOMPOSITIONS).glob("*/*.safetensors")
-    ]
+    found = _decompositions()
     for folder in (cache_dir() / _MODELS).glob("*"):
         if folder.is_dir():
             files = [path.stat() for path in folder.rglob("*") if path.is_file()]
             size = sum(file.st_size for file in files)
             found.append(Entry("model", folder, size, folder.stat().st_mtime))
     return sorted(found, key=lambda entry: -entry.used)
+
+
+def _decompositions() -> list[Entry]:
+    """Decompositions, last used first."""
+    files = (cache_dir() / _DECOMPOSITIONS).glob("*/*.safetensors")
+    found = [(path, path.stat()) for path in files]
+    kept = [Entry("decomposition", path, s.st_size, s.st_mtime) for path, s in found]
+    return sorted(kept, key=lambda entry: -entry.used)
 
 
 def clear() -> int:
@@ -68,9 +73,9 @@ def kept(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
 def trim(limit_gb: float | None = None) -> None:
     """Delete the decompositions that were not used for the longest time, down to the limit."""
     left = (LIMIT_GB if limit_gb is None else limit_gb) * 1e9
-    for entry in entries():
-        left -= entry.size if entry.kind == "decomposition" else 0
-        if left < 0 and entry.kind == "decomposition":
+    for entry in _decompositions():
+        left -= entry.size
+        if left < 0:
             _delete(entry)
 
 

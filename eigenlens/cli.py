@@ -124,9 +124,10 @@ def run(
         int | None, typer.Option(help="Most doubtful components to measure exactly.")
     ] = None,
     criterion: Annotated[
-        str | None, typer.Option(help="mean, max, ucb, fisher, position_fisher or margin.")
+        str | None,
+        typer.Option(help="mean, max, max_everywhere, ucb, fisher, position_fisher or margin."),
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="mean, zero or resample.")] = None,
+    reference: Annotated[str | None, typer.Option(help="mean, shared, zero or resample.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per pass.")] = None,
     positions: Annotated[
         int | None, typer.Option(help="Last prompt positions with a mean of their own.")

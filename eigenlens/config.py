@@ -31,7 +31,7 @@ class EigenpruneConfig(BaseModel):
     must leave as it is, to within ``protect_bound`` nats of divergence per answer token.
     ``refine`` components, those whose scores are least to be trusted, get their exact effect on
     some training examples instead of the estimate: by default 600 for ``one_shot``, the only search
-    that ranks once and for all, unless the criterion is ``max`` or ``ucb`` or the reference
+    that ranks once and for all, unless the criterion is a maximum or ``ucb`` or the reference
     ``resample``, which do not estimate the mean effect of freezing.
 
     Of long prompts, ``n_positions`` of the last positions keep a mean of their own (default: all);

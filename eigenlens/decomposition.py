@@ -187,4 +187,8 @@ def _covariances(
         record(model, sites, batch, add, finite)
     finite.check()
     count = int(sum(batch.attention_mask.sum() for batch in batches))
-    return {name: bases.merged_covariance(total[name], square[name], count) for name in total}
+    means = {name: value / count for name, value in total.items()}
+    return {
+        name: square[name] / count - einsum(mean, mean, "head x, head y -> head x y")
+        for name, mean in means.items()
+    }

@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.files import load_table, save_table
 from eigenlens.inputs import check_data
 from eigenlens.metrics import answer_logits, answer_loss, check_eval_mode, precise
-from eigenlens.provenance import Provenance, text_hash
+from eigenlens.provenance import Provenance, data_hash
 from eigenlens.tasks.batches import Batch, make_batches
 from eigenlens.tasks.candidates import candidates_of, check_distinct, with_answers
 
@@ -175,7 +175,7 @@ def evaluate(
     examples = examples.join(measured)
     if choices and any(candidates):
         examples = examples.join(_choices(model, data, candidates, examples["loss"], batch_size))
-    return Evaluation(examples, Provenance.of(model, task_hash=text_hash(data.to_list())))
+    return Evaluation(examples, Provenance.of(model, task_hash=data_hash(data)))
 
 
 def _measure(model: TransformerBridge, batch: Batch) -> dict[int, dict[str, Any]]:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.matrices import Site, WeightMatrix, weight_matrices
+from eigenlens.matrices import Site, map_of
 from eigenlens.spectra import Directions, Spectrum
 
 
@@ -58,7 +58,7 @@ def input_vectors(model: TransformerBridge, spectrum: Spectrum) -> Float[Tensor,
     """What each component's coordinate is of the input of its map: ``r_i`` or ``W r_i``."""
     if spectrum.site.side == "in":
         return _filled(spectrum.read, spectrum)
-    weight = spectrum.site.find(model).weight.detach().to(spectrum.dtype)
+    weight = _weight(model, spectrum)
     return weight if spectrum.read is None else weight @ spectrum.read
 
 
@@ -66,8 +66,13 @@ def output_vectors(model: TransformerBridge, spectrum: Spectrum) -> Float[Tensor
     """What one unit of each coordinate adds to the output of its map: ``w_i W`` or ``w_i``."""
     if spectrum.site.side == "out":
         return _filled(spectrum.write, spectrum)
-    weight = spectrum.site.find(model).weight.detach().to(spectrum.dtype)
+    weight = _weight(model, spectrum)
     return weight if spectrum.write is None else spectrum.write @ weight
+
+
+def _weight(model: TransformerBridge, spectrum: Spectrum) -> Float[Tensor, "head d_in d_out"]:
+    """Each head's weight as numbers of the directions' type."""
+    return spectrum.site.find(model).weight.detach().to(spectrum.dtype)
 
 
 def _filled(vectors: Tensor | None, spectrum: Spectrum) -> Tensor:
@@ -96,17 +101,12 @@ def zero_coordinates(model: TransformerBridge, directions: Directions) -> Float[
 def _bias(model: TransformerBridge, site: Site) -> Float[Tensor, " all_width"] | None:
     if site.kind != "OV":
         return site.find(model).bias if site.side == "out" else None
-    values = value_map(model, site.layer)
+    values = map_of(model, site.layer, "W_V")
     if values.bias is None:
         return None
     served = site.n_heads * site.width // len(values.bias)  # query heads of each value head
     by_head = rearrange(values.bias, "(head width) -> head width", head=values.n_heads)
     return by_head.repeat_interleave(served, dim=0).flatten()
-
-
-def value_map(model: TransformerBridge, layer: int) -> WeightMatrix:
-    """``W_V`` of a layer."""
-    return weight_matrices(model, ["W_V"], [layer])[0]
 
 
 def unit(vectors: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
@@ -122,7 +122,7 @@ def scaled_heads(
 
     With factors of one, a complete basis gives the weight back.
     """
-    own = spectrum.site.find(model).weight.detach().to(spectrum.dtype)
+    own = _weight(model, spectrum)
     read, write = _filled(spectrum.read, spectrum), _filled(spectrum.write, spectrum)
     scaled = einsum(read, factor, write, "head i k, head k, head k o -> head i o")
     return scaled @ own if spectrum.site.side == "in" else own @ scaled

@@ -24,7 +24,7 @@ from eigenlens.far_side import zero_coordinates
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.position_means import Positions
 from eigenlens.positions import PositionTracker, add_hook, attach_tracker
-from eigenlens.spectra import Directions, freeze_coordinates
+from eigenlens.spectra import Directions, by_matrix, freeze_coordinates
 
 
 class Freeze:
@@ -42,7 +42,7 @@ class Freeze:
         directions = frozen.directions_on(model)
         self._edits = [
             _SiteEdit.of(model, frozen, directions[name], rows, bias_only)
-            for name, rows in frozen.by_site()
+            for name, rows in by_matrix(frozen.components).items()
         ]
         self._undo: list[Callable[[], None]] = []
 

@@ -1,7 +1,7 @@
 """``FrozenSet``: which components an edit freezes, how strongly, and what takes their place."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from eigenlens.matrices import KINDS, Site
 from eigenlens.position_means import PositionMeans
 from eigenlens.provenance import Provenance, model_fingerprint
 from eigenlens.scoring.scores import Scores
-from eigenlens.spectra import COMPONENT, Directions, Spectra
+from eigenlens.spectra import COMPONENT, Directions, Spectra, by_matrix
 
 
 class WrongModelError(ValueError):
@@ -101,14 +101,6 @@ class FrozenSet:
         )
         return f"<p>{note}; how many per layer and matrix:</p>{by_matrix.to_html()}"
 
-    def by_site(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Names of the matrices and the rows that lie in each."""
-        if not len(self):
-            return
-        names = "blocks." + self.components["layer"].astype(str) + "." + self.components["matrix"]
-        for name, rows in names.groupby(names, sort=False).indices.items():
-            yield str(name), np.asarray(rows)
-
     def directions_on(self, model: TransformerBridge) -> dict[str, Directions]:
         """Directions of these components, by site, where the model at hand has its weights.
 
@@ -131,7 +123,7 @@ class FrozenSet:
         head, index = (self.components[name].to_numpy() for name in ("head", "index"))
         return {
             name: self.spectra[name].subset(head[rows], index[rows])
-            for name, rows in self.by_site()
+            for name, rows in by_matrix(self.components).items()
         }
 
     def save(self, path: str | os.PathLike[str], *, directions: bool = False) -> None:

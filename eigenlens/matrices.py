@@ -95,11 +95,11 @@ class Site:
         Raises:
             ValueError: the model has no such map, or one of another shape.
         """
-        (matrix,) = weight_matrices(model, [self.matrix], [self.layer])
-        width = matrix.n_heads * matrix.width(self.side)
-        if width != self.n_heads * self.width:
+        matrix = map_of(model, self.layer, self.matrix)
+        here, own = matrix.site_on(self.side), self.n_heads * self.width
+        if here.n_heads * here.width != own:
             raise ValueError(
-                f"{self.hook} is {width} wide here, not {self.n_heads * self.width}: "
+                f"{self.hook} is {here.n_heads * here.width} wide here, not {own}: "
                 "this belongs to another model."
             )
         return matrix
@@ -162,9 +162,13 @@ class WeightMatrix:
         return self.site_on(self.side)
 
     def site_on(self, side: Side) -> Site:
-        """The input or the output as the activation of coordinates."""
+        """The input or the output as the activation of coordinates.
+
+        On the side that its heads share it is one head.
+        """
         far: Side = "in" if side == "out" else "out"
-        return Site(self.layer, self.kind, self.n_heads, side, self.width(side), self.width(far))
+        heads = self.n_heads if side == self.head_axis else 1
+        return Site(self.layer, self.kind, heads, side, self.width(side), self.width(far))
 
     @property
     def flat_weight(self) -> Float[Tensor, "all_in all_out"]:
@@ -266,6 +270,15 @@ def weight_matrices(
     if missing:
         raise ValueError(f"This model has no {', '.join(missing)}: its blocks hold no such map.")
     return WeightMatrices(found)
+
+
+def map_of(model: TransformerBridge, layer: int, kind: str) -> WeightMatrix:
+    """One linear map of the model.
+
+    Raises:
+        ValueError: the model has no such kind or layer.
+    """
+    return weight_matrices(model, [kind], [layer])[0]
 
 
 def checked_kinds(

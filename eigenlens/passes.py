@@ -114,5 +114,9 @@ def without_padding(values: Tensor, batch: Batch) -> Tensor:
     """Zeros at padding; ``values`` is ``[batch, pos, …]``."""
     if not batch.is_padded:
         return values
-    mask = batch.attention_mask.to(values.device)
-    return torch.where(mask.view(*mask.shape, *[1] * (values.ndim - 2)), values, 0)
+    return torch.where(widened(batch.attention_mask, values), values, 0)
+
+
+def widened(mask: Bool[Tensor, "batch pos"], like: Tensor) -> Tensor:
+    """A mask that broadcasts over what ``like`` has behind its positions, where that is."""
+    return mask.to(like.device).view(*mask.shape, *[1] * (like.ndim - 2))

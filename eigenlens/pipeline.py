@@ -20,9 +20,10 @@ from eigenlens.files import FileFormatError, write_json
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
-from eigenlens.provenance import same_weights, versions
+from eigenlens.provenance import keeping_weights, versions
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES, refined
 from eigenlens.scoring import Scores, score
+from eigenlens.scoring.scores import estimates_mean
 from eigenlens.search import SEARCHES, Protection, SearchResult, iterative, one_shot
 from eigenlens.spectra import Spectra
 from eigenlens.stages import Stages
@@ -121,6 +122,7 @@ def run(
     return eigenprune(model, task, config, out=out, progress=progress)
 
 
+@keeping_weights
 def eigenprune(
     model: TransformerBridge,
     task: Task,
@@ -149,8 +151,7 @@ def eigenprune(
         Evaluation.load,
         lambda: evaluate(model, task.test, batch_size=config.batch_size, progress=progress),
     )
-    with same_weights(model):
-        return _edit(model, task, config, stages, before, progress)
+    return _edit(model, task, config, stages, before, progress)
 
 
 def _edit(
@@ -218,7 +219,7 @@ def _score(
     )
     count = config.refine
     if count is None:
-        of_the_mean = config.criterion not in ("max", "ucb") and config.reference != "resample"
+        of_the_mean = estimates_mean(config.criterion, config.reference)
         count = REFINED if config.search == "one_shot" and of_the_mean else 0
     if count == 0:
         return scores

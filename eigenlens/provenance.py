@@ -7,20 +7,24 @@ once, and again only where an operation of PyTorch has changed one.
 """
 
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 import xxhash
+from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.inputs import check_model
+from eigenlens.inputs import check_data, check_model
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _PACKAGES = ("eigenlens", "torch", "transformers", "transformer-lens", "numpy")
 
 
@@ -50,10 +54,9 @@ class Provenance(BaseModel):
         Raises:
             ValueError: the model is no ``TransformerBridge``.
         """
-        check_model(model)
         return cls(
-            model=str(getattr(model.cfg, "model_name", "") or "unnamed"),
             model_fingerprint=model_fingerprint(model),
+            model=str(getattr(model.cfg, "model_name", "") or "unnamed"),
             task=task,
             task_hash=task_hash,
             seed=seed,
@@ -79,8 +82,23 @@ def text_hash(lines: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
+def data_hash(data: Dataset) -> str:
+    """Hash over every example of a data set.
+
+    Raises:
+        ValueError: no ``Dataset`` of prompts and answers.
+    """
+    check_data(data)
+    return text_hash(data.to_list())
+
+
 def model_fingerprint(model: TransformerBridge) -> str:
-    """Hash of every parameter of ``model``, at about 10 GB per second."""
+    """Hash of every parameter of ``model``, at about 10 GB per second.
+
+    Raises:
+        ValueError: no ``TransformerBridge``.
+    """
+    check_model(model)
     kept = _kept.get(model)
     if kept is None:
         return _hash(sorted(model.named_parameters()))
@@ -101,6 +119,7 @@ def same_weights(model: TransformerBridge) -> Iterator[None]:
     Outside of such a block every fingerprint is made anew, since a write through ``.data`` leaves
     no trace.
     """
+    check_model(model)
     if model in _kept:
         yield
         return
@@ -109,6 +128,19 @@ def same_weights(model: TransformerBridge) -> Iterator[None]:
         yield
     finally:
         del _kept[model]
+
+
+def keeping_weights(
+    function: Callable[Concatenate[TransformerBridge, P], T],
+) -> Callable[Concatenate[TransformerBridge, P], T]:
+    """Run a function of a model inside :func:`same_weights`."""
+
+    @wraps(function)
+    def run(model: TransformerBridge, *args: P.args, **kwargs: P.kwargs) -> T:
+        with same_weights(model):
+            return function(model, *args, **kwargs)
+
+    return run
 
 
 def _hash(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -32,6 +32,7 @@ from eigenlens.gates import Gates
 from eigenlens.metrics import Metric, answer_loss
 from eigenlens.scoring import Scores
 from eigenlens.scoring.criteria import first_order, fisher
+from eigenlens.scoring.scores import estimates_mean
 from eigenlens.scoring.single_effects import single_effects
 from eigenlens.tasks.batches import make_batches
 
@@ -118,7 +119,7 @@ def refined(
     """
     if count < 0:
         raise ValueError(f"count={count} is negative.")
-    if scores.criterion in ("max", "ucb") or scores.reference == "resample":
+    if not estimates_mean(scores.criterion, scores.reference):
         raise ValueError(
             f"criterion={scores.criterion!r} with reference={scores.reference!r} does not estimate "
             "the mean effect of freezing, so exact effects cannot replace it: use 'mean', "

@@ -32,6 +32,13 @@ D = TypeVar("D", bound="Directions")
 COMPONENT = ["layer", "matrix", "head", "index"]
 
 
+def by_matrix(components: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Rows of the components of each matrix, by its name, in the order of their first one."""
+    names = "blocks." + components["layer"].astype(str) + "." + components["matrix"].astype(str)
+    groups = components.groupby(names.to_numpy(), sort=False).indices
+    return {str(name): np.asarray(rows) for name, rows in groups.items()}
+
+
 @dataclass(frozen=True)
 class Directions:
     """Read and write vectors of coordinates of one activation.
@@ -167,14 +174,8 @@ class Spectrum(Directions):
         """Some components as directions in the space of all heads side by side."""
         heads, places = (torch.tensor(part, device=self.device) for part in (head, index))
         flat = replace(self.site, n_heads=1, width=self.site.n_heads * self.site.width)
-        read, write = (
-            self._scattered(vectors, heads, places) for vectors in (self._read_rows, self.write)
-        )
-        return Directions(flat, read.mT, write)
-
-    @property
-    def _read_rows(self) -> Float[Tensor, "head k width"] | None:
-        return None if self.read is None else self.read.mT
+        read = self._scattered(None if self.read is None else self.read.mT, heads, places)
+        return Directions(flat, read.mT, self._scattered(self.write, heads, places))
 
     def _scattered(
         self, rows: Float[Tensor, "head k width"] | None, heads: Tensor, places: Tensor

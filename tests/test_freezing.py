@@ -12,6 +12,7 @@ from eigenlens.files import FileFormatError
 from eigenlens.frozen_set import WrongModelError
 from eigenlens.metrics import answer_logits
 from eigenlens.positions import prompt_ends_at
+from eigenlens.spectra import by_matrix
 from eigenlens.tasks import make_batches
 
 
@@ -382,7 +383,7 @@ def test_shared_means_are_the_same_at_every_position(tiny):
     with torch.no_grad(), el.freeze(model, frozen):
         hooked = model(tokens)
     other = el.load_model(model.cfg.model_name, dtype=torch.float64, device="cpu")
-    for name, rows in frozen.by_site():
+    for name, rows in by_matrix(frozen.components).items():
         s = spectra[name]
         matrix = s.site.find(other)
         own = s.subset(*(frozen.components[c].to_numpy()[rows] for c in ("head", "index")))

@@ -37,7 +37,35 @@ OF_MODEL = {
     "output_statistics": lambda model: output_statistics(model, MIXED),
     "weight_matrices": el.weight_matrices,
     "decompose": lambda model: el.decompose(model, progress=False),
+    "eigenprune": lambda model: el.eigenprune(model, Task("t", MIXED, MIXED, MIXED)),
 }
+
+
+QUIET = {"progress": False}
+OF_SCORES = {
+    "score": lambda model, scores, data: el.score(model, scores.spectra, data, **QUIET),
+    "learned": lambda model, scores, data: el.learned(model, scores, data, MIXED, **QUIET),
+    "guarded": lambda model, scores, data: el.guarded(model, scores, MIXED, data, **QUIET),
+    "one_shot": lambda model, scores, data: el.one_shot(model, scores, data),
+    "circuit": lambda model, scores, data: el.circuit(model, scores, data, **QUIET),
+    "Protection": lambda model, scores, data: el.Protection(model, {"mine": data}),
+    "activations": lambda model, scores, data: el.activation_change(
+        model, el.select(scores, 0.1), data
+    ),
+}
+
+
+@pytest.mark.parametrize("function", OF_SCORES)
+def test_functions_of_scores_say_what_to_pass(function, tiny):
+    model = tiny("gpt2")
+    scores = el.score(model, el.decompose(model, progress=False), MIXED, progress=False)
+    call = OF_SCORES[function]
+    with pytest.raises(ValueError, match=r"a list .* datasets\.Dataset\.from_list\(data\)"):
+        call(model, scores, ROWS)
+    with pytest.raises(ValueError, match=r"a DatasetDict .* such as data\['dev'\]"):
+        call(model, scores, DatasetDict(dev=MIXED))
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel .*load_model\(model, tokenizer\)"):
+        call(model.original_model, scores, MIXED)
 
 
 @pytest.mark.parametrize("function", OF_DATA)

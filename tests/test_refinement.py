@@ -51,7 +51,12 @@ def test_refined_scores_are_exact_where_all_examples_are_measured(tiny, criterio
 def test_what_is_no_mean_effect_cannot_be_refined(tiny):
     model = tiny("gpt2")
     spectra = el.decompose(model, progress=False)
-    for options in ({"criterion": "max"}, {"criterion": "ucb"}, {"reference": "resample"}):
+    for options in (
+        {"criterion": "max"},
+        {"criterion": "max_everywhere"},
+        {"criterion": "ucb"},
+        {"reference": "resample"},
+    ):
         base = el.score(model, spectra, MIXED, **options, progress=False)
         with pytest.raises(ValueError, match="does not estimate"):
             refined(model, base, MIXED, count=5, progress=False)

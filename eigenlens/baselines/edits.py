@@ -23,7 +23,7 @@ from eigenlens.evaluation import Evaluation, evaluate
 from eigenlens.files import FileFormatError, load_tensors, save_tensors
 from eigenlens.freezing import Freeze
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.provenance import text_hash
+from eigenlens.provenance import data_hash
 from eigenlens.weights import restored
 
 _KIND = "edit"
@@ -196,7 +196,7 @@ def measure(
     """
     with edit.applied(model):
         found = evaluate(model, edit.transform(data), batch_size=batch_size, choices=choices)
-    source = {"task_hash": text_hash(data.to_list())}
+    source = {"task_hash": data_hash(data)}
     return replace(
         found,
         examples=found.examples.assign(prompt=list(data["prompt"])),

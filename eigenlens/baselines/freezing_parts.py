@@ -17,6 +17,7 @@ from eigenlens.baselines.ranked import OneShot
 from eigenlens.far_side import zero_coordinates
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.position_means import PositionMeans
+from eigenlens.spectra import by_matrix
 
 Part = Literal["bias only", "zero", "position-free"]
 
@@ -61,6 +62,6 @@ def zeroed(model: TransformerBridge, frozen: FrozenSet) -> FrozenSet:
     """The same components at the coordinates of zero input, which take away and add nothing."""
     directions = frozen.directions_on(model)
     value = np.zeros(len(frozen), frozen.means.fallback.dtype)
-    for name, rows in frozen.by_site():
+    for name, rows in by_matrix(frozen.components).items():
         value[rows] = zero_coordinates(model, directions[name])[0].cpu().numpy()
     return replace(frozen, means=PositionMeans.constant(value))

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.far_side import MapDirections, map_directions
 from eigenlens.matrices import MLP_KINDS, Site
 from eigenlens.scoring.scores import Scores
-from eigenlens.spectra import COMPONENT, Spectra, Spectrum
+from eigenlens.spectra import COMPONENT, Spectra, Spectrum, by_matrix
 
 EMBED, LOGITS = "embed", "logits"
 
@@ -112,13 +112,6 @@ def make_nodes(spectra: Spectra, components: pd.DataFrame) -> Nodes:
     return Nodes(
         spectra, table[["node", *COMPONENT, "size", "sigma"]], members[[*COMPONENT, "number"]]
     )
-
-
-def by_matrix(components: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Rows of the components of each matrix, by its name."""
-    names = "blocks." + components["layer"].astype(str) + "." + components["matrix"].astype(str)
-    groups = components.groupby(names.to_numpy(), sort=False).indices
-    return {str(name): np.asarray(rows) for name, rows in groups.items()}
 
 
 def _rows(known: pd.DataFrame, components: pd.DataFrame) -> np.ndarray:

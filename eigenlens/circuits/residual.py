@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.circuits.nodes import Node
 from eigenlens.circuits.norms import gain_after
 from eigenlens.far_side import unit
-from eigenlens.matrices import WeightMatrix, weight_matrices
+from eigenlens.matrices import WeightMatrix, map_of
 
 Rows = Float[Tensor, "_ _"]  # directions of one space, one a row
 WRITERS = ("W_O", "W_out")
@@ -99,11 +99,6 @@ def at_norm_one(rows: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
     """Rows at spectral norm one; a single row at length one. Zero stays zero."""
     largest = torch.linalg.matrix_norm(rows, 2)
     return rows / largest.clamp_min(torch.finfo(rows.dtype).tiny)
-
-
-def map_of(model: TransformerBridge, layer: int, kind: str) -> WeightMatrix:
-    """One map of the model."""
-    return weight_matrices(model, [kind], [layer])[0]
 
 
 def weight_of(matrix: WeightMatrix, like: Tensor) -> Float[Tensor, "head d_in d_out"]:

@@ -23,7 +23,7 @@ from eigenlens.circuits.upstream import feeding
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import weight_matrices
 from eigenlens.metrics import Metric, answer_loss, check_eval_mode
-from eigenlens.provenance import Provenance, text_hash
+from eigenlens.provenance import Provenance, data_hash
 from eigenlens.scoring.scores import Scores
 from eigenlens.spectra import COMPONENT
 from eigenlens.tasks.batches import make_batches
@@ -119,7 +119,7 @@ def circuit(
         inflows=inflows,
         norm=norm,
         n_examples=len(data),
-        provenance=Provenance.of(model, task_hash=text_hash(data.to_list())),
+        provenance=Provenance.of(model, task_hash=data_hash(data)),
     )
 
 

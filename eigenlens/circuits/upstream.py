@@ -16,12 +16,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.circuits.cut_graph import CutGraph, Norm, RunGradients, cut_graph, run_gradients
 from eigenlens.circuits.edges import moved
-from eigenlens.circuits.nodes import Nodes, by_matrix
+from eigenlens.circuits.nodes import Nodes
 from eigenlens.far_side import MapDirections
 from eigenlens.matrices import WeightMatrices, WeightMatrix
 from eigenlens.metrics import Metric
 from eigenlens.scoring.scores import Scores
-from eigenlens.spectra import COMPONENT, Spectrum
+from eigenlens.spectra import COMPONENT, Spectrum, by_matrix
 from eigenlens.tasks.batches import Batch
 
 

@@ -28,13 +28,11 @@ from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
 from eigenlens.far_side import MapDirections, map_directions
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.matrices import Side, Site, WeightMatrix
+from eigenlens.matrices import Site, WeightMatrix
 from eigenlens.metrics import Metric, answer_logits, answer_loss, precise
 from eigenlens.passes import FiniteCheck, forward_backward
 from eigenlens.position_means import PositionMeans, Positions
-from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
-from eigenlens.scoring.scores import STATISTICS
 from eigenlens.search import SearchResult, one_shot
 from eigenlens.selection import select
 from eigenlens.spectra import Spectra, Spectrum
@@ -111,19 +109,14 @@ def score_like_reference(
     spectra = spectra.on(model)
     passes = _Passes(model, spectra, batches, switches)
     worst, mean = passes.effects()
-    columns: dict[str, Any] = {**dict.fromkeys(STATISTICS, np.nan), "effect": mean, "worst": worst}
-    return Scores(
-        components=spectra.components.assign(**columns),
-        means=passes.means(),
+    return Scores.made_of(
+        spectra,
+        {"effect": mean, "worst": worst},
+        passes.means(),
+        used,
         criterion="max_everywhere" if switches.worst_case else "mean",
         reference="resample" if switches.rolled_reference else "mean",
-        n_examples=len(used),
-        provenance=spectra.provenance.model_copy(
-            update={"task_hash": text_hash(used.to_list()), "seed": seed}
-        ),
-        basis=spectra.basis,
-        basis_seed=spectra.seed,
-        spectra=spectra,
+        seed=seed,
     )
 
 
@@ -253,13 +246,6 @@ def run_like_released(
     return ReleasedRun(before, after, compare(before, after, seed=seed), scores, found)
 
 
-def flat_site(matrix: WeightMatrix, side: Side) -> Site:
-    """The whole input or output of a map, heads side by side."""
-    all_in, all_out = matrix.flat_weight.shape
-    widths = (all_in, all_out) if side == "in" else (all_out, all_in)
-    return Site(matrix.layer, matrix.kind, 1, side, *widths)
-
-
 def raw_input_hook(model: TransformerBridge, matrix: WeightMatrix) -> str:
     """The hook whose value the released code takes for the input of ``matrix``.
 
@@ -300,7 +286,7 @@ class _Passes:
         maps = [s.site.find(model) for s in spectra.values()]
         raw = switches.raw_inputs
         self._hooks = {m.name: raw_input_hook(model, m) if raw else m.hook_in for m in maps}
-        self._outputs = [flat_site(matrix, "out") for matrix in maps]
+        self._outputs = [matrix.site_on("out") for matrix in maps]
         self._directions = {name: _whole(model, s) for name, s in spectra.items()}
         self._positions = Positions.of(batches)
         n_rows = len(self._positions) + 1
@@ -365,7 +351,7 @@ class _Passes:
             moved = raw.roll(1, 0) - raw
         else:
             moved = self._mean_input(site.name)[self._positions.of_batch(batch)] - raw
-        effect = (moved @ d.reads) * (g[:, :, 0].to(d.writes) @ d.writes.mT)
+        effect = (moved @ d.reads) * (g.flatten(2).to(d.writes) @ d.writes.mT)
         worst[site.name] = torch.maximum(worst[site.name], effect.amax((0, 1)))
         total[site.name] += effect.sum((0, 1))
 

@@ -15,8 +15,7 @@ Source: Eigenpruning (arXiv 2404.03147), section 3; attribution patching (Nanda,
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
 
 import psutil
 import torch
@@ -30,14 +29,19 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.far_side import zero_coordinates
 from eigenlens.matrices import Site
 from eigenlens.metrics import Metric, answer_loss, check_eval_mode
-from eigenlens.passes import Activation, FiniteCheck, forward_backward, record, without_padding
+from eigenlens.passes import (
+    Activation,
+    FiniteCheck,
+    forward_backward,
+    record,
+    widened,
+    without_padding,
+)
 from eigenlens.position_means import PositionMeans, Positions
-from eigenlens.provenance import text_hash
 from eigenlens.scoring.accumulators import ActivationSums, CrossSums, EffectSums, spread
 from eigenlens.scoring.scores import (
     CRITERIA,
     REFERENCES,
-    STATISTICS,
     Criterion,
     Reference,
     Scores,
@@ -117,18 +121,12 @@ def score(
         statistics = run.streaming(memory_gb)
     else:
         statistics = run.per_example(criterion)
-    return Scores(
-        components=spectra.components.assign(**_columns(statistics)),
-        means=run.means,
-        criterion=criterion,
-        reference=reference,
-        n_examples=len(data),
-        provenance=spectra.provenance.model_copy(
-            update={"task_hash": text_hash(data.to_list()), "seed": seed}
-        ),
-        basis=spectra.basis,
-        basis_seed=spectra.seed,
-        spectra=spectra,
+    columns = {
+        name: torch.cat([part.flatten().cpu() for part in parts]).double().numpy()
+        for name, parts in statistics.items()
+    }
+    return Scores.made_of(
+        spectra, columns, run.means, data, criterion=criterion, reference=reference, seed=seed
     )
 
 
@@ -144,17 +142,6 @@ def _check_components(means: Scores, spectra: Spectra) -> None:
             f"The means are of {len(means):,} components, and not of the {len(wanted):,} to score: "
             "score the same matrices and layers."
         )
-
-
-def _columns(statistics: Statistics) -> dict[str, Any]:
-    """Statistics as columns; NaN where they were not asked for."""
-
-    def column(name: str) -> Any:
-        if name not in statistics:
-            return float("nan")
-        return torch.cat([part.flatten().cpu() for part in statistics[name]]).double().numpy()
-
-    return {name: column(name) for name in STATISTICS}
 
 
 def varying_positions(batches: Sequence[Batch], positions: Positions) -> Bool[Tensor, " row"]:
@@ -215,15 +202,14 @@ class _Scorer:
         self.sites = [s.site for s in spectra.values()]
         self.finite = FiniteCheck()
         self.sums = self._activation_sums()
-        self._axis = Positions.of(batches, positions.n_positions)
 
     def _activation_sums(self) -> dict[str, ActivationSums]:
         n_rows = len(self.positions) + 1
         return {name: ActivationSums.zeros(s, n_rows) for name, s in self.spectra.items()}
 
-    @property
+    @cached_property
     def means(self) -> PositionMeans:
-        """What freezing puts in place of each coordinate."""
+        """What freezing puts in place of each coordinate, once the sums are complete."""
         if self.given is not None:
             return self.given
         if self.reference == "zero":
@@ -285,7 +271,8 @@ class _Scorer:
         self.finite.check()
         references = self.references()
         by_position = criterion in _BY_POSITION
-        varies = self._varying(criterion) if by_position else None
+        axis = Positions.of(self.batches, self.positions.n_positions)
+        varies = self._varying(criterion, axis) if by_position else None
         sums = {
             name: EffectSums.zeros(s, by_position=by_position) for name, s in self.spectra.items()
         }
@@ -293,7 +280,7 @@ class _Scorer:
             rows, partner = self.positions.of_batch(batch), self._partner(batch)
             here = batch.attention_mask
             if varies is not None:
-                here = here & varies[self._axis.of_batch(batch)]
+                here = here & varies[axis.of_batch(batch)]
 
             def add(
                 site: Site,
@@ -329,8 +316,8 @@ class _Scorer:
             statistics["worst"] = [m.worst for m in found if m.worst is not None]
         return statistics
 
-    def _varying(self, criterion: str) -> Bool[Tensor, " row"]:
-        varies = varying_positions(self.batches, self._axis)
+    def _varying(self, criterion: str, axis: Positions) -> Bool[Tensor, " row"]:
+        varies = varying_positions(self.batches, axis)
         if criterion == "max_everywhere":
             varies[:] = True
         if not varies.any():
@@ -365,6 +352,5 @@ def split_table(
 
 def _resampled(values: Tensor, batch: Batch, partner: Tensor) -> Tensor:
     """Values of the partner, and one's own where the partner has no token."""
-    partner, mask = (x.to(values.device) for x in (partner, batch.attention_mask[partner]))
-    mask = mask.view(*mask.shape, *[1] * (values.ndim - 2))
-    return torch.where(mask, values[partner], values)
+    there = widened(batch.attention_mask[partner], values)
+    return torch.where(there, values[partner.to(values.device)], values)

@@ -2,17 +2,19 @@
 
 import html
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.decomposition import decomposed_again
 from eigenlens.files import FileFormatError, load_arrays, save_table
 from eigenlens.position_means import PositionMeans
-from eigenlens.provenance import Provenance
+from eigenlens.provenance import Provenance, data_hash
 from eigenlens.scoring.criteria import first_order, fisher, position_fisher
 from eigenlens.spectra import COMPONENT, Spectra
 
@@ -21,8 +23,14 @@ Reference = Literal["mean", "shared", "zero", "resample"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 REFERENCES: tuple[str, ...] = get_args(Reference)
 STATISTICS = ["effect", "std", "margin", "margin_std", "position_square", "worst", "estimate"]
+_NO_MEAN = ("max", "max_everywhere", "ucb")
 _NEEDS = {"ucb": "std", "fisher": "std", "margin": "margin", "max": "worst"}
 _NEEDS |= {"max_everywhere": "worst", "position_fisher": "position_square"}
+
+
+def estimates_mean(criterion: str, reference: str) -> bool:
+    """Whether such scores estimate the mean effect of freezing, which exact effects can replace."""
+    return criterion not in _NO_MEAN and reference != "resample"
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,34 @@ class Scores:
     basis: str = "svd"
     basis_seed: int | None = None
     spectra: Spectra | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def made_of(
+        cls,
+        spectra: Spectra,
+        statistics: Mapping[str, np.ndarray],
+        means: PositionMeans,
+        data: Dataset,
+        *,
+        criterion: str,
+        reference: str,
+        seed: int,
+    ) -> "Scores":
+        """Scores of all components of ``spectra`` on ``data``; statistics not given are NaN."""
+        hashed = {"task_hash": data_hash(data), "seed": seed}
+        return cls(
+            components=spectra.components.assign(
+                **{name: statistics.get(name, np.nan) for name in STATISTICS}
+            ),
+            means=means,
+            criterion=criterion,
+            reference=reference,
+            n_examples=len(data),
+            provenance=spectra.provenance.model_copy(update=hashed),
+            basis=spectra.basis,
+            basis_seed=spectra.seed,
+            spectra=spectra,
+        )
 
     def __len__(self) -> int:
         return len(self.components)

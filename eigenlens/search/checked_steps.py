@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.freezing import Freeze, freeze
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.provenance import same_weights
+from eigenlens.provenance import keeping_weights
 from eigenlens.scoring import Scores
 from eigenlens.search.protection import Protection
 from eigenlens.search.ranking import harmful, scores_under, step_size
@@ -52,6 +52,7 @@ class GuardedConfig(BaseModel):
     seed: int = 0
 
 
+@keeping_weights
 def guarded(
     model: TransformerBridge,
     scores: Scores,
@@ -109,39 +110,38 @@ def guarded(
 
     rows = aside = np.array([], dtype=int)
     ended, ranked = False, None
-    with same_weights(model):
-        if (saved := kept.load()) is not None:
-            rows, aside = saved[0]["rows"].numpy(), saved[0]["aside"].numpy()
-            trace, size, ended = saved[1]["trace"], saved[1]["size"], saved[1]["ended"]
-            loss = trace[-1]["calibration_loss"]
+    if (saved := kept.load()) is not None:
+        rows, aside = saved[0]["rows"].numpy(), saved[0]["aside"].numpy()
+        trace, size, ended = saved[1]["trace"], saved[1]["size"], saved[1]["ended"]
+        loss = trace[-1]["calibration_loss"]
+        with under(rows):
+            found = look(model, validation, config.batch_size)
+    else:
+        loss = look(model, held_out, config.batch_size).loss
+        found = look(model, validation, config.batch_size)
+        trace = [trace_row(0, 0, found, calibration_loss=loss, tried=0, aside=0)]
+    bar = tqdm(range(len(trace), config.steps + 1), desc="guarded", disable=not progress)
+    for number in bar:
+        if ended:
+            break
+        if ranked is None:
+            ranked = scores_under(model, scores, rows, fit, config.batch_size)
+        candidates = harmful(ranked, np.concatenate([rows, aside]))
+        made = _try(rows, candidates, size, loss, check)
+        whole = len(made.accepted) == min(size, len(candidates))
+        rows, aside = np.append(rows, made.accepted), np.append(aside, made.blamed)
+        loss = made.loss
+        ended = not len(made.accepted) and made.trials < _TRIALS
+        size = 2 * size if whole else max(1, len(made.accepted))
+        if len(made.accepted):
+            ranked = None
             with under(rows):
                 found = look(model, validation, config.batch_size)
-        else:
-            loss = look(model, held_out, config.batch_size).loss
-            found = look(model, validation, config.batch_size)
-            trace = [trace_row(0, 0, found, calibration_loss=loss, tried=0, aside=0)]
-        bar = tqdm(range(len(trace), config.steps + 1), desc="guarded", disable=not progress)
-        for number in bar:
-            if ended:
-                break
-            if ranked is None:
-                ranked = scores_under(model, scores, rows, fit, config.batch_size)
-            candidates = harmful(ranked, np.concatenate([rows, aside]))
-            made = _try(rows, candidates, size, loss, check)
-            whole = len(made.accepted) == min(size, len(candidates))
-            rows, aside = np.append(rows, made.accepted), np.append(aside, made.blamed)
-            loss = made.loss
-            ended = not len(made.accepted) and made.trials < _TRIALS
-            size = 2 * size if whole else max(1, len(made.accepted))
-            if len(made.accepted):
-                ranked = None
-                with under(rows):
-                    found = look(model, validation, config.batch_size)
-            more = {"calibration_loss": loss, "tried": made.trials, "aside": len(aside)}
-            trace.append(trace_row(number, len(rows), found, **more))
-            state = {"trace": trace, "size": size, "ended": ended}
-            kept.save({"rows": rows, "aside": aside}, state)
-            bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
+        more = {"calibration_loss": loss, "tried": made.trials, "aside": len(aside)}
+        trace.append(trace_row(number, len(rows), found, **more))
+        state = {"trace": trace, "size": size, "ended": ended}
+        kept.save({"rows": rows, "aside": aside}, state)
+        bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
     table = best_step(trace)
     count = int(table.loc[table["chosen"], "components"].iloc[0])
     frozen = FrozenSet.from_scores(scores, np.sort(rows[:count]))

@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.evaluation import Evaluation, preference
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.gates import Gates, faster_products
-from eigenlens.provenance import same_weights
+from eigenlens.provenance import keeping_weights
 from eigenlens.scoring import Scores
 from eigenlens.search.protection import Protection
 from eigenlens.search.relaxation import RelaxationName, relaxation
@@ -86,6 +86,7 @@ class LearnedConfig(BaseModel):
         return self.sharpness or (_SHARPNESS_ATTENUATED if self.attenuate else _SHARPNESS_FROZEN)
 
 
+@keeping_weights
 def learned(
     model: TransformerBridge,
     scores: Scores,
@@ -117,7 +118,7 @@ def learned(
     scores = scores.on(model)
     options = {"method": "learned", **config.model_dump(), "sharpness": config.final_sharpness}
     kept = Checkpoint(checkpoint, scores, train, validation, options, protect)
-    with same_weights(model), Gates(model, scores) as gates:
+    with Gates(model, scores) as gates:
         run = _Training(gates, scores, train, config, protect)
         search = _Search(model, run, validation, config, protect)
         search.resume(kept.load())

@@ -21,6 +21,7 @@ from eigenlens.evaluation import Evaluation, evaluate
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.gates import Gates
+from eigenlens.inputs import check_data
 from eigenlens.metrics import Metric, answer_logits, kl_to_unedited, precise
 from eigenlens.tasks.batches import Batch, make_batches
 
@@ -69,6 +70,8 @@ class Protection:
             raise ValueError(
                 f"Protected are {', '.join(data)}, and unseen examples are of {', '.join(unseen)}."
             )
+        for rows in data.values():
+            check_data(rows)
         short = [name for name, rows in data.items() if len(rows) < 2]
         if short:
             raise ValueError(f"{', '.join(short)}: two protected examples at least are needed.")

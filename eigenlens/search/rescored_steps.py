@@ -10,12 +10,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.provenance import same_weights
+from eigenlens.provenance import keeping_weights
 from eigenlens.scoring import Scores
 from eigenlens.search.ranking import harmful, scores_under, step_size
 from eigenlens.search.result import Checkpoint, SearchResult, best_step, look, trace_row
 
 
+@keeping_weights
 def iterative(
     model: TransformerBridge,
     scores: Scores,
@@ -54,21 +55,20 @@ def iterative(
     options = {"method": "iterative", "size": size, "batch_size": batch_size}
     kept = Checkpoint(checkpoint, scores, train, validation, options)
     rows = np.array([], dtype=int)
-    with same_weights(model):
-        trace: list[dict[str, Any]] = [trace_row(0, 0, look(model, validation, batch_size))]
-        if (saved := kept.load()) is not None:
-            rows, trace = saved[0]["rows"].numpy(), saved[1]["trace"]
-        bar = tqdm(range(len(trace), steps + 1), desc="iterative", disable=not progress)
-        for number in bar:
-            lowest = harmful(scores_under(model, scores, rows, train, batch_size), rows)[:size]
-            if not len(lowest):
-                break
-            rows = np.concatenate([rows, lowest])  # in the order of freezing
-            with freeze(model, FrozenSet.from_scores(scores, rows)):
-                found = look(model, validation, batch_size)
-            trace.append(trace_row(number, len(rows), found))
-            kept.save({"rows": rows}, {"trace": trace})
-            bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
+    trace: list[dict[str, Any]] = [trace_row(0, 0, look(model, validation, batch_size))]
+    if (saved := kept.load()) is not None:
+        rows, trace = saved[0]["rows"].numpy(), saved[1]["trace"]
+    bar = tqdm(range(len(trace), steps + 1), desc="iterative", disable=not progress)
+    for number in bar:
+        lowest = harmful(scores_under(model, scores, rows, train, batch_size), rows)[:size]
+        if not len(lowest):
+            break
+        rows = np.concatenate([rows, lowest])  # in the order of freezing
+        with freeze(model, FrozenSet.from_scores(scores, rows)):
+            found = look(model, validation, batch_size)
+        trace.append(trace_row(number, len(rows), found))
+        kept.save({"rows": rows}, {"trace": trace})
+        bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
     table = best_step(trace)
     count = int(table.loc[table["chosen"], "components"].iloc[0])
     return SearchResult("iterative", FrozenSet.from_scores(scores, np.sort(rows[:count])), table)

@@ -18,7 +18,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.evaluation import Evaluation, evaluate, preference
 from eigenlens.files import load_table, load_tensors, save_table, save_tensors
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.provenance import text_hash
+from eigenlens.inputs import check_data
+from eigenlens.provenance import data_hash, text_hash
 from eigenlens.scoring import Scores
 from eigenlens.search.protection import Protection
 from eigenlens.spectra import COMPONENT
@@ -118,9 +119,11 @@ class Checkpoint:
     ) -> None:
         """Where to keep the state (nowhere if ``path`` is ``None``), and what identifies it."""
         self._path = Path(path) if path is not None else None
+        data = {"train": train, "validation": validation}
+        for rows in data.values():
+            check_data(rows)
         if self._path is None:
             return
-        data = {"train": train, "validation": validation}
         if protect is not None:
             data |= {f"protected {name}": rows for name, rows in protect.data.items()}
             options = {**options, "bound": protect.bound, "weight": protect.weight}
@@ -130,7 +133,7 @@ class Checkpoint:
             "components": text_hash([scores.components[COMPONENT].to_csv(index=False)]),
             "basis": [scores.basis, scores.basis_seed],
             "positions": scores.means.header(),
-            "data": {name: text_hash(rows.to_list()) for name, rows in data.items()},
+            "data": {name: data_hash(rows) for name, rows in data.items()},
             "options": json.loads(json.dumps(options)),
         }
 

@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.provenance import same_weights
+from eigenlens.provenance import keeping_weights
 from eigenlens.scoring import Scores
 from eigenlens.search.result import SearchResult, best_step, look, trace_row
 from eigenlens.selection import Within, select
@@ -19,6 +19,7 @@ from eigenlens.selection import Within, select
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+@keeping_weights
 def one_shot(
     model: TransformerBridge,
     scores: Scores,
@@ -55,10 +56,9 @@ def one_shot(
     sets = {0.0: FrozenSet.from_scores(scores, np.array([], dtype=int))} if or_nothing else {}
     sets |= {fraction: choose(scores, fraction) for fraction in sorted(fractions)}
     trace: list[dict[str, Any]] = []
-    with same_weights(model):
-        for fraction, frozen in sets.items():
-            with freeze(model, frozen):
-                found = look(model, validation, batch_size)
-            trace.append(trace_row(len(trace), len(frozen), found, fraction=fraction))
+    for fraction, frozen in sets.items():
+        with freeze(model, frozen):
+            found = look(model, validation, batch_size)
+        trace.append(trace_row(len(trace), len(frozen), found, fraction=fraction))
     table = best_step(trace)
     return SearchResult("one_shot", list(sets.values())[int(table["chosen"].argmax())], table)

@@ -35,7 +35,6 @@ from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import Site, WeightMatrix, weight_matrices
 from eigenlens.models import load_model
-from eigenlens.paper.released_code import flat_site
 from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.passes import Activation, FiniteCheck, record
 from eigenlens.plots.style import BLUE, FULL_WIDTH, SKY, TEMPLATE, VERMILION
@@ -127,17 +126,17 @@ def _directions(
     """A random mix of the centred inputs that the matrix sees, and a random direction to write."""
     seen: list[Tensor] = []
     finite = FiniteCheck()
+    site = matrix.site_on("in")
+    own = head if site.n_heads > 1 else 0
     for batch in make_batches(data, model, batch_size):
 
         def keep(site: Site, x: Activation, batch: Batch = batch) -> None:
-            x = x[:, :, 0].to(working_dtype(matrix))
+            x = x[:, :, own].to(working_dtype(matrix))
             seen.append((x - x.mean(0))[batch.attention_mask])
 
-        record(model, [flat_site(matrix, "in")], batch, keep, finite)
+        record(model, [site], batch, keep, finite)
     finite.check()
     inputs = torch.cat(seen)
-    if matrix.head_axis == "in":
-        inputs = inputs.unflatten(-1, (matrix.n_heads, matrix.d_in))[:, head]
     mix = torch.tensor(rng.normal(size=len(inputs)), dtype=inputs.dtype)
     v = torch.tensor(rng.normal(size=matrix.d_out), dtype=inputs.dtype)
     u = mix @ inputs
