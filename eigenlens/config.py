@@ -40,6 +40,10 @@ class EigenpruneConfig(BaseModel):
     ``basis`` says what the components are (:mod:`eigenlens.bases`); that of ``pca`` is taken on the
     train split. ``seed`` is the seed of the task, of a random basis, of resampling and of the
     search.
+
+    ``from_memory`` names what :func:`eigenlens.eigenprune` was handed as an object: ``model`` and
+    ``task`` then only say what these call themselves, and the configuration alone does not
+    reproduce the run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +66,7 @@ class EigenpruneConfig(BaseModel):
     batch_size: int = Field(default=50, ge=1)
     n_positions: int | None = Field(default=None, ge=0)
     seed: int = 0
+    from_memory: tuple[Literal["model", "task"], ...] = ()
 
     @field_validator("search_args")
     @classmethod

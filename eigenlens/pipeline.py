@@ -1,7 +1,8 @@
 """The whole job: load → decompose → score → search → freeze → evaluate before and after.
 
 With ``out`` every stage is written as it ends; a run that was interrupted goes on from there, and a
-finished one is read back. The folder's ``config.yaml`` alone reproduces the run.
+finished one is read back. The folder's ``config.yaml`` alone reproduces a :func:`run`; that of
+:func:`eigenprune`, which takes model and task from memory, says so.
 """
 
 import html
@@ -19,8 +20,9 @@ from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
 from eigenlens.files import FileFormatError, write_json
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
+from eigenlens.inputs import check_model
 from eigenlens.models import load_model
-from eigenlens.provenance import keeping_weights, versions
+from eigenlens.provenance import Provenance, keeping_weights, versions
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES, refined
 from eigenlens.scoring import Scores, score
 from eigenlens.scoring.scores import estimates_mean
@@ -114,15 +116,23 @@ class EigenpruneResult:
 def run(
     config: EigenpruneConfig, out: str | os.PathLike[str] | None = None, *, progress: bool = True
 ) -> EigenpruneResult:
-    """Load model and task as ``config`` says, then :func:`eigenprune`."""
+    """Load model and task as ``config`` says, then do as :func:`eigenprune` does.
+
+    Raises:
+        ValueError: as :func:`eigenprune`; a configuration whose model or task came from memory.
+    """
+    if config.from_memory:
+        raise ValueError(
+            f"This run had its {' and '.join(config.from_memory)} from memory (from_memory in its "
+            "configuration): hand them to eigenlens.eigenprune(model, task, config)."
+        )
     # The task first: it is cheap, and may be wrong.
     load_task(config.task, **{"seed": config.seed} | config.task_args)
     model = load_model(config.model, dtype=config.dtype, device=config.device)
     task = load_task(config.task, model.tokenizer, **{"seed": config.seed} | config.task_args)
-    return eigenprune(model, task, config, out=out, progress=progress)
+    return _stages(model, task, config, out, progress)
 
 
-@keeping_weights
 def eigenprune(
     model: TransformerBridge,
     task: Task,
@@ -135,15 +145,37 @@ def eigenprune(
 
     Args:
         model: in eval mode.
-        task: its splits are used as they are; ``config.task`` only names it.
-        config: options (default: :class:`EigenpruneConfig`'s).
+        task: its splits are used as they are.
+        config: options (default: :class:`EigenpruneConfig`'s). What it says of model and task is
+            replaced by what these are.
         out: folder for the results. A folder with the same configuration is resumed.
         progress: show progress bars.
 
     Raises:
         ValueError: bad options or data; ``out`` holds a run with another configuration.
     """
-    config = config or EigenpruneConfig()
+    check_model(model)
+    arguments = json.loads(json.dumps(dict(task.arguments), default=str))
+    what: dict[str, Any] = {
+        "model": Provenance.of(model).model,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": None,
+        "task": task.name,
+        "task_args": arguments,
+        "from_memory": ("model", "task"),
+    }
+    config = (config or EigenpruneConfig()).model_copy(update=what)
+    return _stages(model, task, config, out, progress)
+
+
+@keeping_weights
+def _stages(
+    model: TransformerBridge,
+    task: Task,
+    config: EigenpruneConfig,
+    out: str | os.PathLike[str] | None,
+    progress: bool,
+) -> EigenpruneResult:
     stages = Stages(config, Path(out) if out is not None else None, model, task)
     before = stages.do(
         "before",

@@ -79,8 +79,7 @@ task
 # `out=` every stage is written as it ends, and an interrupted run goes on from there.
 
 # %%
-config = el.EigenpruneConfig(model=str(folder.name), task="jsonl")
-result = el.eigenprune(model, task, config, out=Path(workspace.name) / "run")
+result = el.eigenprune(model, task, out=Path(workspace.name) / "run")
 result
 
 # %%

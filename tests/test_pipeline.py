@@ -110,6 +110,28 @@ def test_config_alone_reproduces_the_run_bit_for_bit(config, tmp_path):
         assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
+def test_a_run_of_objects_says_what_was_run_and_where_it_came_from(tiny, tmp_path):
+    model = tiny("gpt2")
+    task = el.load_task("int_mult", model.tokenizer, **ARGS)
+    config = el.EigenpruneConfig(search="one_shot", search_args={"fractions": [0.1]}, refine=0)
+    result = el.eigenprune(model, task, config, out=tmp_path, progress=False)
+    said = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert said["model"] == result.scores.provenance.model != config.model
+    assert (said["task"], said["task_args"]["high"]) == ("int_mult", 12)
+    assert said["from_memory"] == ["model", "task"]
+    with pytest.raises(ValueError, match="model and task from memory"):
+        pipeline.run(el.EigenpruneConfig.from_yaml(tmp_path / "config.yaml"))
+    page = el.report.write_report(tmp_path, progress=False).read_text()
+    assert "does not reproduce" in page
+    assert "model=…, task=…" in page
+    page = el.report.write_report(tmp_path, model=model, task=task, progress=False).read_text()
+    assert 'id="figure-activations"' in page
+    assert "model=…, task=…" not in page
+    other = el.load_task("int_add", model.tokenizer, **ARGS)
+    page = el.report.write_report(tmp_path, model=model, task=other, progress=False).read_text()
+    assert "the test split of int_add is not that of the run" in page
+
+
 @pytest.mark.parametrize("search", ["iterative", "guarded", "learned"])
 def test_every_search_runs_saves_and_resumes(config, tmp_path, monkeypatch, search):
     options = {"steps": 4} | ({"every": 2} if search == "learned" else {"step": 3})

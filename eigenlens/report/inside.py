@@ -1,9 +1,10 @@
-"""What the report shows of the inside of the model: it is loaded again for this."""
+"""What the report shows of the inside of the model, which is loaded again where it can be."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.activations import ActivationChange, activation_change
 from eigenlens.circuits import Circuit, circuit
@@ -11,8 +12,9 @@ from eigenlens.circuits.nodes import score_rows
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
 from eigenlens.pipeline import EigenpruneResult
+from eigenlens.provenance import data_hash
 from eigenlens.scoring import Scores
-from eigenlens.tasks import load_task
+from eigenlens.tasks import Task, load_task
 
 # A node of the circuit is a short backward pass for each batch, and brings two more nodes that
 # write to it: minutes on a small language model.
@@ -36,17 +38,39 @@ class Inside:
     shown: int
 
 
-def look_inside(result: EigenpruneResult, *, progress: bool = True) -> Inside:
-    """Load model and task as the run did, and look at what its edit does inside.
+def look_inside(
+    result: EigenpruneResult,
+    model: TransformerBridge | None = None,
+    task: Task | None = None,
+    *,
+    progress: bool = True,
+) -> Inside:
+    """Look at what the edit of a run does inside its model.
+
+    Args:
+        result: the run.
+        model, task: those of the run (default: loaded as the run did).
+        progress: show progress bars.
 
     Raises:
         ValueError: the model or the task cannot be loaded, or is not the one of the run.
         OSError: its files cannot be read or fetched.
     """
     config, frozen = result.config, result.frozen
-    model = load_model(config.model, dtype=config.dtype, device=config.device)
+    given = {"model": model, "task": task}
+    missing = [name for name in config.from_memory if given[name] is None]
+    if missing:
+        raise ValueError(
+            f"its {' and '.join(missing)} came from memory; hand over model and task: "
+            "eigenlens.report.write_report(folder, model=…, task=…)"
+        )
+    if model is None:
+        model = load_model(config.model, dtype=config.dtype, device=config.device)
     frozen.check_model(model)
-    task = load_task(config.task, model.tokenizer, **{"seed": config.seed} | config.task_args)
+    if task is None:
+        task = load_task(config.task, model.tokenizer, **{"seed": config.seed} | config.task_args)
+    if data_hash(task.test) != result.before.provenance.task_hash:
+        raise ValueError(f"the test split of {task.name} is not that of the run")
     test = task.test.select(range(min(MOST_COMPARED, len(task.test))))
     train = task.train.select(range(min(MOST_TRACED, len(task.train))))
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}

@@ -9,6 +9,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 from plotly.offline import get_plotlyjs
+from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens import plots
 from eigenlens.evaluation import Evaluation
@@ -19,6 +20,7 @@ from eigenlens.report.drawing import fragment
 from eigenlens.report.inside import Inside, look_inside
 from eigenlens.report.tables import Table, make_table
 from eigenlens.spectra import COMPONENT
+from eigenlens.tasks import Task
 
 MOST_ROWS = 200  # of a table: a page for a phone, not a data base
 
@@ -27,6 +29,8 @@ def write_report(
     run: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
+    model: TransformerBridge | None = None,
+    task: Task | None = None,
     inside: bool = True,
     progress: bool = True,
 ) -> Path:
@@ -35,8 +39,9 @@ def write_report(
     Args:
         run: folder of :func:`eigenlens.pipeline.run`.
         out: the file to write (default: ``report.html`` in the folder).
-        inside: load the model again to draw activations and the circuit of pruned paths. Where
-            that is not possible, the page says why and has everything else.
+        model, task: those of the run; needed where it had them from memory, and else loaded again.
+        inside: draw activations and the circuit of pruned paths, which takes the model. Where that
+            is not possible, the page says why and has everything else.
         progress: show progress bars.
 
     Returns:
@@ -47,18 +52,24 @@ def write_report(
         FileFormatError: a file of it is truncated or foreign.
     """
     result, metrics = load_run(run)
-    found, reason = _inside(result, inside, progress)
+    found, reason = _inside(result, model, task, inside, progress)
     path = Path(out) if out is not None else Path(run) / "report.html"
     write_text(path, _render(result, metrics, found, reason))
     return path
 
 
-def _inside(result: EigenpruneResult, wanted: bool, progress: bool) -> tuple[Inside | None, str]:
+def _inside(
+    result: EigenpruneResult,
+    model: TransformerBridge | None,
+    task: Task | None,
+    wanted: bool,
+    progress: bool,
+) -> tuple[Inside | None, str]:
     """What the model shows, or why it does not."""
     if not wanted:
         return None, "the report was written with --no-circuit."
     try:
-        return look_inside(result, progress=progress), ""
+        return look_inside(result, model, task, progress=progress), ""
     except (ValueError, OSError) as error:
         return None, f"the model of this run could not be used: {error}"
 
