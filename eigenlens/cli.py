@@ -95,6 +95,9 @@ def run(
     model: Annotated[
         str | None, typer.Option(help="Short name, folder, GGUF file or Hub name.")
     ] = None,
+    merge_adapter: Annotated[
+        bool | None, typer.Option("--merge-adapter", help="Merge the peft adapter found there.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="See `eigenlens tasks`.")] = None,
     task_arg: Annotated[list[str] | None, typer.Option(help="key=value, repeatable.")] = None,
     matrices: Annotated[
@@ -134,7 +137,7 @@ def run(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps (default: what there is).")
+        str | None, typer.Option(help="cpu, cuda, mps (default: CUDA if there is one, else CPU).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split and of resampling.")] = None,
     config: Annotated[
@@ -151,6 +154,7 @@ def run(
 
         given: dict[str, Any] = {
             "model": model,
+            "merge_adapter": merge_adapter,
             "task": task,
             "task_args": _pairs(task_arg, "--task-arg") if task_arg else None,
             "matrices": _split(matrices),

@@ -49,6 +49,7 @@ class EigenpruneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = "arith-tiny"
+    merge_adapter: bool = False
     dtype: str = "float32"
     device: str | None = None
     task: str = "ambiguous"

@@ -126,11 +126,21 @@ def run(
             f"This run had its {' and '.join(config.from_memory)} from memory (from_memory in its "
             "configuration): hand them to eigenlens.eigenprune(model, task, config)."
         )
-    # The task first: it is cheap, and may be wrong.
-    load_task(config.task, **{"seed": config.seed} | config.task_args)
-    model = load_model(config.model, dtype=config.dtype, device=config.device)
-    task = load_task(config.task, model.tokenizer, **{"seed": config.seed} | config.task_args)
+    model, task = load_as(config)
     return _stages(model, task, config, out, progress)
+
+
+def load_as(config: EigenpruneConfig) -> tuple[TransformerBridge, Task]:
+    """The model and the task that a configuration names."""
+    arguments = {"seed": config.seed} | config.task_args
+    load_task(config.task, **arguments)  # first, since it is cheap and may be wrong
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        merge_adapter=config.merge_adapter,
+    )
+    return model, load_task(config.task, model.tokenizer, **arguments)
 
 
 def eigenprune(

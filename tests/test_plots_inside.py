@@ -202,7 +202,7 @@ def test_circuitsvis_gets_the_patterns_of_a_layer(results, monkeypatch):
     expected = np.nan_to_num((own["after"] - own["before"]).to_numpy()).reshape(size, size)
     np.testing.assert_allclose(values[3], expected)
     monkeypatch.setitem(sys.modules, "circuitsvis.attention", None)
-    with pytest.raises(ImportError, match=r"pip install 'eigenlens\[notebooks\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'eigenlens\[notebook\]'"):
         el.plots.attention_heads(change, 1)
 
 
@@ -213,6 +213,8 @@ def test_circuitsvis_draws_a_page(results):
     page = view.show_code()
     assert "AttentionHeads" in page
     assert '"?"' in page
+    ends = el.plots.attention_heads(change, 0, "before", tokens=["a", "</script>", "b", "="])
+    assert ends.show_code().count("</script") == page.count("</script")
     with pytest.raises(ValueError, match="Unknown state 'later'"):
         el.plots.attention_heads(change, 0, "later")
     with pytest.raises(ValueError, match="no layer 5"):

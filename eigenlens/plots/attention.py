@@ -134,7 +134,7 @@ def attention_heads(
         from circuitsvis.attention import attention_heads as draw
     except ImportError as error:
         raise ImportError(
-            "attention_heads needs CircuitsVis: pip install 'eigenlens[notebooks]'. "
+            "attention_heads needs CircuitsVis: pip install 'eigenlens[notebook]'. "
             "attention_change draws one head without it."
         ) from error
     if state not in _STATES:
@@ -147,7 +147,8 @@ def attention_heads(
     low = -1.0 if state == "difference" else 0.0
     return draw(
         values,
-        names,
+        # CircuitsVis writes tokens into a script as they are: "</script>" would end it.
+        [name.replace("</", "<\u200b/") for name in names],
         max_value=1.0,
         min_value=low,
         negative_color=VERMILION,

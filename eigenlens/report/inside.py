@@ -10,11 +10,10 @@ from eigenlens.activations import ActivationChange, activation_change
 from eigenlens.circuits import Circuit, circuit
 from eigenlens.circuits.nodes import score_rows
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.models import load_model
-from eigenlens.pipeline import EigenpruneResult
+from eigenlens.pipeline import EigenpruneResult, load_as
 from eigenlens.provenance import data_hash
 from eigenlens.scoring import Scores
-from eigenlens.tasks import Task, load_task
+from eigenlens.tasks import Task
 
 # A node of the circuit is a short backward pass for each batch, and brings two more nodes that
 # write to it: minutes on a small language model.
@@ -64,11 +63,9 @@ def look_inside(
             f"its {' and '.join(missing)} came from memory; hand over model and task: "
             "eigenlens.report.write_report(folder, model=…, task=…)"
         )
-    if model is None:
-        model = load_model(config.model, dtype=config.dtype, device=config.device)
+    if model is None or task is None:
+        model, task = load_as(config)
     frozen.check_model(model)
-    if task is None:
-        task = load_task(config.task, model.tokenizer, **{"seed": config.seed} | config.task_args)
     if data_hash(task.test) != result.before.provenance.task_hash:
         raise ValueError(f"the test split of {task.name} is not that of the run")
     test = task.test.select(range(min(MOST_COMPARED, len(task.test))))
