@@ -117,7 +117,10 @@ def run(
     ] = None,
     protect: Annotated[
         list[str] | None,
-        typer.Option(help="Task that the edit must leave as it is, repeatable."),
+        typer.Option(
+            help="Task that the edit must leave as it is, repeatable; own_text: what the model "
+            "writes itself (default); none."
+        ),
     ] = None,
     protect_bound: Annotated[
         float | None,
@@ -161,7 +164,7 @@ def run(
             "layers": _split(layers, int),
             "search": search,
             "search_args": _pairs(search_arg, "--search-arg") if search_arg else None,
-            "protect": {name: {} for name in protect} if protect else None,
+            "protect": {name: {} for name in protect if name != "none"} if protect else None,
             "protect_bound": protect_bound,
             "refine": refine,
             "criterion": criterion,
@@ -226,6 +229,9 @@ def _before_and_after(result: Any) -> Table:
     for name, e in (("before", result.before), ("after", result.after)):
         low, high = e.interval
         table.add_row(name, f"{e.accuracy:.1%}", f"{low:.1%} … {high:.1%}", f"{e.loss:.3f}")
+    for spared in result.search.protected.to_dict("records"):
+        harm = f"{spared['loss_before']:.3f} → {spared['loss_after']:.3f}"
+        table.add_row(f"{spared['data']}, loss", "", "", harm)
     return table
 
 

@@ -28,7 +28,10 @@ class EigenpruneConfig(BaseModel):
     ``search`` is a key of :data:`eigenlens.search.SEARCHES` and ``search_args`` are its own
     keyword arguments. All choices are made on the validation split: highest exact-match accuracy,
     then lowest loss. ``protect`` names tasks (with their arguments) whose validation split the edit
-    must leave as it is, to within ``protect_bound`` nats of divergence per answer token.
+    must leave as it is, to within ``protect_bound`` nats of divergence per answer token. By default
+    it is text that the model writes itself (``own_text``), unless its tokenizer does not read that
+    back, as with toys; an empty mapping protects nothing. ``one_shot`` and ``iterative`` cannot
+    protect: there the divergence is measured.
     ``refine`` components, those whose scores are least to be trusted, get their exact effect on
     some training examples instead of the estimate: by default 600 for ``one_shot``, the only search
     that ranks once and for all, unless the criterion is a maximum or ``ucb`` or the reference
@@ -62,7 +65,7 @@ class EigenpruneConfig(BaseModel):
     reference: Reference = "mean"
     search: Literal["one_shot", "iterative", "guarded", "learned"] = "learned"
     search_args: dict[str, Any] = Field(default_factory=dict)
-    protect: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    protect: dict[str, dict[str, Any]] | None = None
     protect_bound: float = Field(default=0.05, ge=0)
     batch_size: int = Field(default=50, ge=1)
     n_positions: int | None = Field(default=None, ge=0)

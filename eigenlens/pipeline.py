@@ -30,6 +30,7 @@ from eigenlens.search import SEARCHES, Protection, SearchResult, iterative, one_
 from eigenlens.spectra import Spectra
 from eigenlens.stages import Stages
 from eigenlens.tasks import Task, load_task
+from eigenlens.tasks.own_text import OWN_TEXT, OwnTextError, own_text
 
 _FINISHED = (
     "config.yaml",
@@ -296,33 +297,46 @@ def _search(
     if scores.spectra is None:  # read back from the run folder
         scores = replace(scores, spectra=_spectra(model, task, config, stages, progress))
     options: dict[str, Any] = {"batch_size": config.batch_size, **config.search_args}
-    if config.search == "one_shot":
-        return one_shot(model, scores, task.validation, **options)
+    with stages.timed("protect"):
+        protect = _protection(model, config)
     state = stages.out / _STATE if stages.out is not None else None
     given: dict[str, Any] = {"checkpoint": state, "progress": progress}
-    if config.search == "iterative":
-        return iterative(model, scores, task.train, task.validation, **options, **given)
-    given |= {
-        "config": search_options(config.search)(seed=config.seed, **options),
-        "protect": _protection(model, config),
-    }
-    return SEARCHES[config.search](model, scores, task.train, task.validation, **given)
+    if config.search == "one_shot":
+        found = one_shot(model, scores, task.validation, **options)
+    elif config.search == "iterative":
+        found = iterative(model, scores, task.train, task.validation, **options, **given)
+    else:
+        given["config"] = search_options(config.search)(seed=config.seed, **options)
+        given["protect"] = protect
+        return SEARCHES[config.search](model, scores, task.train, task.validation, **given)
+    return replace(found, protected=protect.table(found.frozen)) if protect else found
 
 
 def _protection(model: TransformerBridge, config: EigenpruneConfig) -> Protection | None:
-    if not config.protect:
+    """What the edit should leave as it is: on the model's own text by default."""
+    options: dict[str, Any] = {"bound": config.protect_bound, "batch_size": config.batch_size}
+    chosen = {OWN_TEXT: {}} if config.protect is None else config.protect
+    known, unseen = {}, {}
+    for name, arguments in chosen.items():
+        given = {"seed": config.seed} | arguments
+        if name != OWN_TEXT:
+            task = load_task(name, model.tokenizer, **given)
+            known[name], unseen[name] = task.validation, task.test
+            continue
+        try:
+            text = own_text(model, **given)
+        except OwnTextError:
+            if config.protect is not None:
+                raise
+            continue
+        n_unseen = len(text) // 3
+        unseen[name] = text.select(range(n_unseen))
+        known[name] = text.select(range(n_unseen, len(text)))
+    if not known:
         return None
-    spared = {
-        name: load_task(name, model.tokenizer, **{"seed": config.seed} | arguments)
-        for name, arguments in config.protect.items()
-    }
-    return Protection(
-        model,
-        {name: task.validation for name, task in spared.items()},
-        unseen={name: task.test for name, task in spared.items()},
-        bound=config.protect_bound,
-        batch_size=config.batch_size,
-    )
+    if set(known) == {OWN_TEXT}:
+        options["weight"] = 0.0  # predictions of text are good enough
+    return Protection(model, known, unseen=unseen, **options)
 
 
 def _after(

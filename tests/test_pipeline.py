@@ -38,6 +38,7 @@ def config(tiny_folder):
         criterion="max",
         search="one_shot",
         search_args={"fractions": FRACTIONS},
+        protect={},
         device="cpu",
         batch_size=16,
     )

@@ -2,8 +2,9 @@
 
 A gate is ``z = sigmoid(β s)``; the vector s is trained by Adam with the model's weights fixed, and
 β grows from 1 to ``sharpness`` over the steps, which drives every gate to 0 or 1 (other ways to get
-there: :mod:`eigenlens.search.relaxation`). A price per open gate keeps the set small, and dropping
-some gates in every step keeps it robust. One step is one forward and one backward pass of a
+there: :mod:`eigenlens.search.relaxation`). A price per open gate keeps the set small, and where
+something is to be protected, away from components that other text depends on; dropping some gates
+in every step keeps it robust. One step is one forward and one backward pass of a
 minibatch (:mod:`eigenlens.gates`).
 
 Source of the idea that a gate's gradient is a component's score: this package.
@@ -106,8 +107,8 @@ def learned(
         train: examples to train the gates on.
         validation: examples to choose the stopping point on.
         config: options.
-        protect: data whose divergence from the unedited model is penalised; only steps within its
-            bound may be chosen.
+        protect: data that the edit must leave as they are: gates cost what freezing is predicted to
+            do to them, and only steps within the bound may be chosen.
         checkpoint: file that keeps the state after every look; a killed search goes on from it.
         progress: show a progress bar with validation loss and accuracy.
 
@@ -118,10 +119,12 @@ def learned(
     scores = scores.on(model)
     options = {"method": "learned", **config.model_dump(), "sharpness": config.final_sharpness}
     kept = Checkpoint(checkpoint, scores, train, validation, options, protect)
+    saved = kept.load()
+    prices = saved[0]["prices"] if saved else _prices(scores, config, protect, progress)
     with Gates(model, scores) as gates:
-        run = _Training(gates, scores, train, config, protect)
+        run = _Training(gates, scores, train, config, protect, prices)
         search = _Search(model, run, validation, config, protect)
-        search.resume(kept.load())
+        search.resume(saved)
         bar = tqdm(range(search.done + 1, config.steps + 1), desc="learned", disable=not progress)
         losses: list[Tensor] = []
         for step in bar:
@@ -138,6 +141,14 @@ def learned(
     name = "learned (attenuated)" if config.attenuate else "learned (frozen)"
     table = best_step(search.trace, "within_bound" if protect else None)
     return SearchResult(name, frozen, table, *([protect.table(frozen)] if protect else []))
+
+
+def _prices(
+    scores: Scores, config: LearnedConfig, protect: Protection | None, progress: bool
+) -> Float[Tensor, " component"]:
+    """What each open gate costs, in nats of training loss."""
+    prices = torch.full((len(scores),), config.sparsity / len(scores), dtype=torch.float64)
+    return prices if protect is None else prices + protect.prices(scores, progress=progress)
 
 
 def gated(scores: Scores, gates: Float[Tensor, " component"]) -> FrozenSet:
@@ -157,6 +168,7 @@ class _Training:
         train: Dataset,
         config: LearnedConfig,
         protect: Protection | None,
+        prices: Float[Tensor, " component"],
     ) -> None:
         self.gates = gates
         self.config = config
@@ -168,6 +180,7 @@ class _Training:
         self.s = (first + config.spread * (1 - 2 * rank)).requires_grad_()
         self.mean_s = self.s.detach().clone()
         self._relaxation = relaxation(config.relax, config.final_sharpness)
+        self._prices = prices.to(self.mean_s)
         self.adam = torch.optim.Adam([self.s], config.lr)
 
     def strength(self, step: int) -> Float[Tensor, " component"]:
@@ -183,7 +196,7 @@ class _Training:
         done, random = self._done(step), self._generator(step)
         with torch.enable_grad():
             z = self._kept(random) * self._relaxation.sample(self.s, done, random)
-            price = self._relaxation.price(self.s, z, done).sum()
+            openness = self._relaxation.price(self.s, z, done)
         self.gates.z = z.detach()
         with faster_products():
             losses, slope = self.gates.gradient(batch)
@@ -191,8 +204,7 @@ class _Training:
             if self._protect is not None:
                 slope = slope + self._protect.slope(self.gates, step)
         self.s.grad = None
-        each = torch.full_like(price, self.config.sparsity / len(slope))
-        torch.autograd.backward([z, price], [slope, each])
+        torch.autograd.backward([z, openness], [slope, self._prices])
         self.adam.param_groups[0]["lr"] = self.config.lr * self._decay(step)
         self.adam.step()
         self.mean_s.lerp_(self.s.detach(), 1 - self.config.averaging)
@@ -222,7 +234,8 @@ class _Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a resumed training needs."""
-        return {"s": self.s.detach(), "mean_s": self.mean_s, **self.adam.state_dict()["state"][0]}
+        own = {"s": self.s.detach(), "mean_s": self.mean_s, "prices": self._prices}
+        return {**own, **self.adam.state_dict()["state"][0]}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take up the state that :meth:`tensors` gave."""

@@ -1,8 +1,10 @@
 """Data on which an edit must stay close to the unedited model.
 
-Closeness is ``KL(unedited ‖ edited)`` per answer token, in nats. One half of each data set may
-steer a search (as a penalty), the other half decides whether an edit is within the bound. What an
-edit costs is reported on examples that did neither, where these are given.
+Closeness is ``KL(unedited ‖ edited)`` per answer token, in nats. One half of each data set steers a
+search: it gives every component a price in proportion to the harm that freezing it is predicted to
+do (:meth:`Protection.prices`), or a penalty at every step. The other half decides whether an edit
+is within the bound. What an edit costs is reported on examples that did neither, where these are
+given.
 Memory: the unedited log-probabilities, ``answer tokens × d_vocab`` floats.
 """
 
@@ -23,6 +25,8 @@ from eigenlens.frozen_set import FrozenSet
 from eigenlens.gates import Gates
 from eigenlens.inputs import check_data
 from eigenlens.metrics import Metric, answer_logits, kl_to_unedited, precise
+from eigenlens.scoring import Scores, score
+from eigenlens.scoring.criteria import curvature
 from eigenlens.tasks.batches import Batch, make_batches
 
 
@@ -44,6 +48,7 @@ class Protection:
         *,
         unseen: Mapping[str, Dataset] | None = None,
         bound: float = 0.05,
+        price: float = 3.0,
         weight: float = 10.0,
         batch_size: int = 50,
     ) -> None:
@@ -55,15 +60,20 @@ class Protection:
             unseen: other examples, by the same names, that searches do not look at: what
                 :meth:`table` is of. By default it is of the half that also decides, which flatters.
             bound: most nats per answer token that an edit may diverge on any data set.
-            weight: of the penalty in ``learned``, nats of loss per nat of divergence.
+            price: of a gate in ``learned``, nats of loss per nat of predicted divergence.
+            weight: of a penalty on the divergence itself in ``learned``, at the price of a second
+                forward and backward pass a step. Needed where the model is sure of its answers:
+                the prediction is of second order, and nothing there. Plain text does without.
             batch_size: examples per pass.
 
         Raises:
             ValueError: no data set, or one with fewer than two examples; other names of ``unseen``;
                 a bound or weight below zero.
         """
-        if bound < 0 or weight < 0:
-            raise ValueError(f"bound={bound}, weight={weight}: neither may be below zero.")
+        if min(bound, price, weight) < 0:
+            raise ValueError(
+                f"bound={bound}, price={price}, weight={weight}: none may be below zero."
+            )
         if not data:
             raise ValueError("No data to protect: give at least one data set by name.")
         if unseen is not None and set(unseen) != set(data):
@@ -77,18 +87,22 @@ class Protection:
             raise ValueError(f"{', '.join(short)}: two protected examples at least are needed.")
         self.data = dict(data)
         self.bound = bound
+        self.price = price
         self.weight = weight
         self._model = model
         self._batch_size = batch_size
-        self._steering = {name: self._part(_half(rows, 0)) for name, rows in data.items()}
+        self._steering = {name: _half(rows, 0) for name, rows in data.items()}
         self._checking = {name: self._part(_half(rows, 1)) for name, rows in data.items()}
         self._reported = self._checking
         if unseen is not None:
             self._reported = {name: self._part(unseen[name]) for name in data}
-        turns = zip_longest(
-            *([(b, part.divergence) for b in part.batches] for part in self._steering.values())
-        )
-        self._turns = [turn for turn in chain.from_iterable(turns) if turn is not None]
+        self._turns = self._alternating() if weight else []
+
+    def _alternating(self) -> list[tuple[Batch, Metric]]:
+        """Batches of the steering halves; the data sets take turns."""
+        parts = [self._part(rows) for rows in self._steering.values()]
+        turns = zip_longest(*([(b, part.divergence) for b in part.batches] for part in parts))
+        return [turn for turn in chain.from_iterable(turns) if turn is not None]
 
     def _part(self, data: Dataset) -> _Part:
         return _Part(
@@ -97,8 +111,35 @@ class Protection:
             kl_to_unedited(self._model, data, self._batch_size),
         )
 
+    def prices(self, scores: Scores, *, progress: bool = True) -> Float[Tensor, " component"]:
+        """Price of freezing each component: ``price`` × its predicted divergence, in nats.
+
+        Predicted is the second order in the strength, ``½ E[e²]`` per answer token, summed over the
+        data sets: one forward and one backward pass of the steering half, under the means of
+        ``scores``. It is the Fisher information where the model wrote the text itself, and the
+        empirical one on other text.
+        """
+        spectra, total = scores.spectra_on(self._model), torch.zeros(len(scores)).double()
+        for data in self._steering.values() if self.price else ():
+            found = score(
+                self._model,
+                spectra,
+                data,
+                criterion="fisher",
+                means=scores,
+                batch_size=self._batch_size,
+                progress=progress,
+            )
+            batches = make_batches(data, self._model, self._batch_size)
+            n_tokens = sum(int(batch.answer_mask.sum()) for batch in batches)
+            harm = curvature(found.components, len(data)) * len(data) / n_tokens
+            total += self.price * torch.tensor(harm)
+        return total
+
     def slope(self, gates: Gates, step: int) -> Float[Tensor, " component"]:
         """Gradient of the penalty by every gate, on one batch; batches take turns by ``step``."""
+        if not self._turns:
+            return torch.zeros_like(gates.z)
         batch, divergence = self._turns[step % len(self._turns)]
         _, slope = gates.gradient(batch, divergence)
         return self.weight * slope / batch.answer_mask.sum().to(slope.device)

@@ -126,7 +126,8 @@ class Checkpoint:
             return
         if protect is not None:
             data |= {f"protected {name}": rows for name, rows in protect.data.items()}
-            options = {**options, "bound": protect.bound, "weight": protect.weight}
+            options = {**options, "bound": protect.bound, "price": protect.price}
+            options["weight"] = protect.weight
         self._identity = {
             "model": scores.provenance.model_fingerprint,
             "scores": [scores.criterion, scores.reference, scores.z, scores.provenance.task_hash],
