@@ -19,6 +19,8 @@ from .evaluation import evaluate as evaluate
 from .evaluation import majority_accuracy as majority_accuracy
 from .evaluation import perplexity as perplexity
 from .freezing import freeze as freeze
+from .frontiers import Frontier as Frontier
+from .frontiers import frontier as frontier
 from .frozen_set import FrozenSet as FrozenSet
 from .matrices import weight_matrices as weight_matrices
 from .models import load_model as load_model
@@ -40,3 +42,4 @@ from .selection import select as select
 from .spectra import Spectra as Spectra
 from .tasks import Task as Task
 from .tasks import load_task as load_task
+from .tasks.own_text import own_text as own_text

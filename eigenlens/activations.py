@@ -112,7 +112,7 @@ def activation_change(
     *,
     last: int = 16,
     batch_size: int = 50,
-    progress: bool = False,
+    progress: bool = True,
 ) -> ActivationChange:
     """Run every example without and with an edit, and compare what happens inside.
 

@@ -139,7 +139,7 @@ def evaluate(
     *,
     batch_size: int = 50,
     choices: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Evaluation:
     """Loss, exact-match and (where there are candidates) choice accuracy of ``model`` as it is.
 

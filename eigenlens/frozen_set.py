@@ -86,6 +86,20 @@ class FrozenSet:
         """What becomes of the components: ``frozen``, ``attenuated`` if any strength is below 1."""
         return "frozen" if (self.components["strength"] == 1).all() else "attenuated"
 
+    def scaled(self, strength: float) -> "FrozenSet":
+        """The same edit at a share of its strength; nothing at 0.
+
+        Raises:
+            ValueError: a share outside [0, 1].
+        """
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength={strength}: give a share from 0 to 1.")
+        if strength == 0:
+            nothing = np.zeros(0, np.int64)
+            return replace(self, components=self.components.iloc[:0], means=self.means[nothing])
+        changed = self.components["strength"] * strength
+        return replace(self, components=self.components.assign(strength=changed))
+
     def to_pandas(self) -> pd.DataFrame:
         """Columns ``layer, matrix, head, index, strength``."""
         return self.components.copy()

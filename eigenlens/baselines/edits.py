@@ -195,7 +195,9 @@ def measure(
         ValueError: what :func:`eigenlens.evaluation.evaluate` raises.
     """
     with edit.applied(model):
-        found = evaluate(model, edit.transform(data), batch_size=batch_size, choices=choices)
+        found = evaluate(
+            model, edit.transform(data), batch_size=batch_size, choices=choices, progress=False
+        )
     source = {"task_hash": data_hash(data)}
     return replace(
         found,

@@ -5,6 +5,7 @@ from eigenlens.plots.attention import attention_change, attention_heads
 from eigenlens.plots.cuts import path_cuts
 from eigenlens.plots.examples import example_losses
 from eigenlens.plots.faithfulness import exact_against_estimate, faithfulness
+from eigenlens.plots.frontiers import frontier
 from eigenlens.plots.graphs import circuit
 from eigenlens.plots.maps import pruned_map
 from eigenlens.plots.search import search_trace
@@ -19,6 +20,7 @@ __all__ = [
     "exact_against_estimate",
     "example_losses",
     "faithfulness",
+    "frontier",
     "path_cuts",
     "pruned_map",
     "search_trace",

@@ -143,7 +143,7 @@ def _measure(
     for frozen in sets:
         with freeze(model, frozen):
             split = {
-                name: evaluate(model, data, batch_size=400)
+                name: evaluate(model, data, batch_size=400, progress=False)
                 for name, data in {
                     "validation": task.validation,
                     "test": task.test,

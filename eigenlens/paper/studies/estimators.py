@@ -238,7 +238,7 @@ def _switches(
 
 def _one_shot(model: TransformerBridge, frozen: FrozenSet, task: Task) -> dict[str, Any]:
     with freeze(model, frozen):
-        found = evaluate(model, task.test, choices=False)
+        found = evaluate(model, task.test, choices=False, progress=False)
     return {
         "frozen": frozen.fraction,
         "test_right": int(found.examples["correct"].sum()),

@@ -164,7 +164,7 @@ def _plant_and_score(
     setting: Setting,
 ) -> list[dict[str, Any]]:
     path = torch.outer(u, v)
-    base = evaluate(model, task.train, batch_size=setting.batch_size).loss
+    base = evaluate(model, task.train, batch_size=setting.batch_size, progress=False).loss
     strength, reached = _strength(
         model, matrix, head, path, base + aim, task.train, setting.batch_size
     )
@@ -211,7 +211,7 @@ def _strength(
 
     def damaged(strength: float) -> bool:
         with planted(matrix, head, strength * path):
-            return evaluate(model, data, batch_size=batch_size).loss >= target
+            return evaluate(model, data, batch_size=batch_size, progress=False).loss >= target
 
     scale = float(matrix.weight[head].norm())
     high = scale / 1000
@@ -252,9 +252,11 @@ def _exact(
     model: TransformerBridge, scores: Scores, row: int, data: Dataset, batch_size: int
 ) -> tuple[float, float]:
     """What freezing really does to the loss, and the standard error over examples."""
-    before = evaluate(model, data, batch_size=batch_size).examples["loss"]
+    before = evaluate(model, data, batch_size=batch_size, progress=False).examples["loss"]
     with freeze(model, FrozenSet.from_scores(scores, np.array([row]))):
-        change = evaluate(model, data, batch_size=batch_size).examples["loss"] - before
+        change = (
+            evaluate(model, data, batch_size=batch_size, progress=False).examples["loss"] - before
+        )
     return float(change.mean()), float(change.std() / len(change) ** 0.5)
 
 

@@ -176,14 +176,14 @@ def _measure(lazy: _Lazy, setting: Setting, seed: int, method: str) -> list[dict
     task = load_task(setting.task, model.tokenizer, **setting.arguments, seed=seed)
     common = {"model": setting.model, "label": setting.label, "seed": seed, "method": method}
     if method == "before":
-        found = evaluate(model, task.test)
+        found = evaluate(model, task.test, progress=False)
         return [{**common, "step": -1, "components": 0, "share": 0.0, **_test(found)}]
     base, seconds = lazy.scores(task)
     start = time.perf_counter()
     result = _SEARCHES[method](model, base, task)
     seconds += time.perf_counter() - start
     with freeze(model, result.frozen):
-        found = evaluate(model, task.test)
+        found = evaluate(model, task.test, progress=False)
     plain = result.trace.astype(object).where(result.trace.notna(), None)
     trace: list[dict[str, Any]] = [
         {str(k): v for k, v in row.items()} for row in plain.to_dict("records")
