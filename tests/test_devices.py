@@ -121,7 +121,8 @@ def test_inner_loops_do_not_wait_for_the_device(device):
             waits.append({k: n for k, n in mode.waits.items() if k != TRANSFORMERS_MASK})
         assert waits[0] == waits[1]
     with Gates(model, scores) as gates:
-        run = _Training(gates, scores, task.train, el.LearnedConfig(batch_size=6), None)
+        free = torch.zeros(len(scores))
+        run = _Training(gates, scores, task.train, el.LearnedConfig(batch_size=6), None, free)
         mode.waits.clear()
         for step in (1, 2, 3):
             run.step(step)

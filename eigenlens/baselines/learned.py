@@ -1,5 +1,6 @@
 """Eigenpruning by trained gates, in the same harness as what it is compared with."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -8,8 +9,9 @@ from eigenlens.baselines.baseline import Baseline, Search
 from eigenlens.baselines.edits import FrozenEdit
 from eigenlens.baselines.ranked import train_scores
 from eigenlens.decomposition import Basis
-from eigenlens.scoring import Criterion
-from eigenlens.search import LearnedConfig, learned
+from eigenlens.scoring import Criterion, Reference
+from eigenlens.search import LearnedConfig, Protection, learned
+from eigenlens.tasks.own_text import OWN_TEXT, own_text
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,17 @@ class Learned(Baseline):
         attenuate: leave gates as they are trained instead of opening or shutting them.
         basis: what components gates are put on (:mod:`eigenlens.bases`).
         criterion: of the scores, which matter only with the option ``spread``.
+        reference: the means that take a coordinate's place.
+        price: of a gate, in nats of loss per nat that freezing is predicted to cost the model's own
+            text (:class:`eigenlens.Protection`); 0 protects nothing.
         options: further options, of :class:`eigenlens.LearnedConfig`.
     """
 
     attenuate: bool = False
     basis: Basis | str = "svd"
     criterion: Criterion = "mean"
+    reference: Reference = "mean"
+    price: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,11 +55,21 @@ class Learned(Baseline):
         )
         found = learned(
             search.model,
-            train_scores(search.in_basis(self.basis), criterion=self.criterion),
+            train_scores(
+                search.in_basis(self.basis), criterion=self.criterion, reference=self.reference
+            ),
             search.task.train,
             search.task.validation,
             options,
+            protect=self._protection(search),
             progress=False,
         )
         edit = FrozenEdit(found.frozen)
         search.consider(edit, components=len(found.frozen), looks=len(found.trace))
+
+    def _protection(self, search: Search) -> Protection | None:
+        """Prices alone: the study shows what harm they leave, so that no bound chooses."""
+        if not self.price:
+            return None
+        text = {OWN_TEXT: own_text(search.model)}
+        return Protection(search.model, text, price=self.price, weight=0.0, bound=math.inf)
