@@ -37,8 +37,10 @@ class EigenpruneConfig(BaseModel):
     that ranks once and for all, unless the criterion is a maximum or ``ucb`` or the reference
     ``resample``, which do not estimate the mean effect of freezing.
 
-    Of long prompts, ``n_positions`` of the last positions keep a mean of their own (default: all);
-    those before them share one, which bounds memory and the size of the edit.
+    A frozen coordinate gets its one mean over all positions (``shared``), which the study ``harm``
+    finds better than the paper's means by position (``mean``). Of the latter, ``n_positions`` of
+    the last positions of the prompt keep their own (default: all), and those before them share one,
+    which bounds memory and the size of the edit for long prompts.
 
     ``basis`` says what the components are (:mod:`eigenlens.bases`); that of ``pca`` is taken on the
     train split. ``seed`` is the seed of the task, of a random basis, of resampling and of the
@@ -62,7 +64,7 @@ class EigenpruneConfig(BaseModel):
     basis: Basis = "svd"
     criterion: Criterion = "margin"
     refine: int | None = Field(default=None, ge=0)
-    reference: Reference = "mean"
+    reference: Reference = "shared"
     search: Literal["one_shot", "iterative", "guarded", "learned"] = "learned"
     search_args: dict[str, Any] = Field(default_factory=dict)
     protect: dict[str, dict[str, Any]] | None = None
@@ -82,6 +84,11 @@ class EigenpruneConfig(BaseModel):
     def _check_search(self) -> "EigenpruneConfig":
         if self.protect and "protect" not in inspect.signature(SEARCHES[self.search]).parameters:
             raise ValueError(f"search={self.search!r} cannot protect: use guarded or learned")
+        if self.n_positions is not None and self.reference in ("shared", "zero"):
+            raise ValueError(
+                f"n_positions={self.n_positions}: reference={self.reference!r} knows no positions; "
+                "use reference='mean'"
+            )
         return self
 
     @classmethod

@@ -160,7 +160,12 @@ def test_doubtful_scores_are_exact_where_one_ranking_decides(config):
     model = el.load_model(config.model, device="cpu")
     task = el.load_task("int_add", model.tokenizer, **ARGS)
     plain = el.score(
-        model, el.decompose(model, progress=False), task.train, criterion="margin", progress=False
+        model,
+        el.decompose(model, progress=False),
+        task.train,
+        criterion="margin",
+        reference="shared",
+        progress=False,
     )
     term = plain.with_criterion("fisher").delta_loss - plain.with_criterion("mean").delta_loss
     top = np.argsort(-term)[:12]
@@ -196,7 +201,7 @@ def test_figure_shows_every_kind_and_marks_what_is_frozen(config):
     figure = el.plots.spectrum(result.scores, result.frozen)
     marked = [t for t in figure.data if t.name == "frozen"]
     kinds = result.frozen.to_pandas()["matrix"].value_counts()
-    assert [len(t.x) for t in marked] == [
+    assert [sum(x is not None for x in t.x) for t in marked] == [
         kinds.get(k, 0) for k in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
     ]
     assert all(axis.title.text for axis in figure.select_xaxes())
