@@ -9,6 +9,7 @@ from tiny_models import EQUAL, FAMILIES, REFUSED
 
 import eigenlens as el
 from eigenlens import bases, cache, decomposition
+from eigenlens.blocks import UnsupportedModelError
 from eigenlens.far_side import (
     input_vectors,
     map_directions,
@@ -17,7 +18,7 @@ from eigenlens.far_side import (
     zero_coordinates,
 )
 from eigenlens.files import FileFormatError
-from eigenlens.matrices import MATRIX_KINDS, Site, UnsupportedModelError
+from eigenlens.matrices import MATRIX_KINDS, Site
 from eigenlens.spectra import Spectrum
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigenlens.matrices import UnsupportedModelError
+from eigenlens.blocks import UnsupportedModelError
 
 _LENGTH = 5
 Run = Callable[[Int[Tensor, "1 pos"]], Float[Tensor, "1 pos d_vocab"]]

@@ -1,15 +1,16 @@
-"""What TransformerLens 4.3 does wrong with some architectures: mended or refused here."""
+"""What TransformerLens 4.3 and transformers do wrong with some models: mended or refused here."""
 
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from eigenlens.matrices import UnsupportedModelError
+from eigenlens.blocks import UnsupportedModelError
 
 _mended: WeakSet[nn.Module] = WeakSet()
 
@@ -33,6 +34,12 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
             "not supported: TransformerLens splits its joint matrix of queries, keys and values "
             "wrongly. Falcon models with one key/value head are supported."
         )
+
+
+def mend_experts_dtype(model: PreTrainedModel) -> None:
+    """Let transformers multiply experts one by one in float64: it has no grouped product there."""
+    if next(model.parameters()).dtype == torch.float64:
+        model.set_experts_implementation("eager")
 
 
 def mend_rotary_dtype(model: TransformerBridge) -> None:

@@ -17,12 +17,12 @@ from transformer_lens.model_bridge.sources.transformers import (
 )
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from eigenlens.blocks import UnsupportedModelError
 from eigenlens.files import FileFormatError
-from eigenlens.matrices import UnsupportedModelError
 from eigenlens.models.checks import check_causal, check_finite, check_same_logits, probe
 from eigenlens.models.peft_adapters import has_adapter
 from eigenlens.models.special_tokens import kept_as_is, note_special_tokens
-from eigenlens.models.upstream import mend_rotary_dtype, refuse_unsupported
+from eigenlens.models.upstream import mend_experts_dtype, mend_rotary_dtype, refuse_unsupported
 from eigenlens.models.weight_files import check_loaded
 from eigenlens.models.wording import reason
 
@@ -44,6 +44,7 @@ class Reference:
             ValueError: weights that are no numbers.
         """
         check_finite(model)
+        mend_experts_dtype(model)
         name = type(model).__name__
         with _unsupported(f"{name} does not turn tokens into logits"), torch.no_grad():
             table = model.get_input_embeddings().weight

@@ -1,0 +1,198 @@
+"""The table: every decoder that TransformerLens lists, and what of it is decomposed exactly."""
+
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from typing import Literal, get_args
+
+import torch
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities.architectures import classify_architecture
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from eigenlens.architectures.oracles import Inexact, StayDouble, check_exact, check_same_logits
+from eigenlens.architectures.tiny_models import VOCABULARY, NotBootable, tiny_model
+from eigenlens.blocks import UnsupportedModelError
+from eigenlens.matrices import weight_matrices
+from eigenlens.models import load_model
+from eigenlens.tasks import load_task
+from eigenlens.zoo import ARITH_TINY
+
+Status = Literal["exact", "partly", "refused", "not bootable"]
+NATIVE = "TransformerLensNative"
+_SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one architecture.
+
+    Attributes:
+        architecture: as TransformerLens lists it.
+        status: ``exact``, where all matrices of its blocks are decomposed and the oracles agree;
+            ``partly``, where they agree for what is listed, and some is left out; ``refused``,
+            where eigenlens says no; ``not bootable``, where no tiny model of it can be made.
+        maps: kinds that are listed.
+        note: what is left out, or why.
+    """
+
+    architecture: str
+    status: Status
+    maps: tuple[str, ...]
+    note: str
+
+
+def decoders() -> list[str]:
+    """The architectures of TransformerLens that are meant to predict the next token."""
+    return sorted(
+        (
+            name
+            for name in SUPPORTED_ARCHITECTURES
+            if classify_architecture(name) in ("causal_lm", "multimodal")
+        ),
+        key=str.lower,
+    )
+
+
+def rows(names: Sequence[str] = (), seconds: float = _SECONDS) -> Iterator[Row]:
+    """Try each architecture in a process of its own: a crash or a hang is one row.
+
+    Args:
+        names: architectures (default: :func:`decoders`).
+        seconds: most that one may take.
+
+    Raises:
+        ValueError: TransformerLens lists no such architecture.
+    """
+    unknown = [name for name in names if name not in SUPPORTED_ARCHITECTURES]
+    if unknown:
+        raise ValueError(f"TransformerLens lists no {', '.join(unknown)}.")
+    for name in names or decoders():
+        yield _apart(name, seconds)
+
+
+def _apart(name: str, seconds: float) -> Row:
+    # A fork has everything imported. One thread: others do not survive it.
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(there, name))
+    process.start()
+    there.close()
+    try:
+        row: Row = here.recv() if here.poll(seconds) else _refused(name, "it takes too long")
+    except EOFError:
+        row = _refused(name, "the process that tried it died")
+    process.kill()
+    process.join()
+    return row
+
+
+def _send(connection: Connection, name: str) -> None:
+    connection.send(tried(name))
+
+
+def _refused(name: str, why: str) -> Row:
+    return Row(name, "refused", (), why)
+
+
+def tried(name: str) -> Row:
+    """Make a tiny model, list its maps, and try the oracles on them."""
+    twin = next((other for other in decoders() if other.lower() == name.lower()), name)
+    if twin != name:
+        return Row(name, "not bootable", (), f"another spelling of {twin}")
+    try:
+        with StayDouble():
+            return _tried(name)
+    except NotBootable as error:
+        return Row(name, "not bootable", (), _line(error))
+    except (UnsupportedModelError, Inexact) as error:
+        return _refused(name, _line(error))
+    except Exception as error:  # of any library: it is told, and the table goes on
+        return _refused(name, f"{type(error).__name__}: {_line(error)}")
+
+
+def _tried(name: str) -> Row:
+    tokenizer = AutoTokenizer.from_pretrained(ARITH_TINY)
+    model = _native(tokenizer) if name == NATIVE else _bridge(name, tokenizer)
+    maps = weight_matrices(model, skip_unsupported=True)
+    sizes = {"n_train": 4, "n_validation": 1, "n_test": 1}
+    task = load_task("int_add", tokenizer, low=0, high=20, **sizes)
+    check_exact(model, task.train)
+    kinds = tuple(dict.fromkeys(m.kind for m in maps))
+    if not maps.left_out:
+        return Row(name, "exact", kinds, "")
+    return Row(name, "partly", kinds, " ".join(maps.left_out_lines()))
+
+
+def _bridge(name: str, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
+    plain = tiny_model(name)
+    tokens = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        wanted = plain(tokens).logits
+    model = load_model(plain, tokenizer)
+    with torch.no_grad():
+        check_same_logits(model(tokens), wanted)
+    return model
+
+
+def _native(tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
+    """TransformerLens' own model, which is none of transformers."""
+    config = TransformerBridgeConfig(
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        d_head=8,
+        n_ctx=32,
+        d_vocab=VOCABULARY,
+        act_fn="gelu",
+        seed=0,
+        architecture=NATIVE,
+    )
+    return load_model(TransformerBridge.boot_native(config, dtype=torch.float64), tokenizer)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def to_json(found: Sequence[Row]) -> str:
+    """The rows as a JSON list."""
+    return json.dumps([asdict(row) for row in found], indent=1, ensure_ascii=False) + "\n"
+
+
+def to_markdown(found: Sequence[Row]) -> str:
+    """The rows as a page."""
+    counts = {s: sum(row.status == s for row in found) for s in get_args(Status)}
+    others = sorted(set(SUPPORTED_ARCHITECTURES) - set(decoders()), key=str.lower)
+    lines = [
+        "# Architectures",
+        "",
+        "Made by `eigenlens architectures --out docs/architectures.md`, with TransformerLens "
+        f"{version('transformer-lens')} and transformers {version('transformers')}.",
+        "",
+        "Every decoder that TransformerLens lists, as a tiny model with random weights in float64. "
+        "Of what is listed, scores are −σ ∂L/∂σ by autograd through the weights, freezing under "
+        "means of zero is an edit of the weights, padding changes no loss, and the bridge computes "
+        "the logits of transformers. *Exact*: the blocks hold no other matrix. *Partly*: "
+        "`skip_unsupported=True` leaves out what the last column names.",
+        "",
+        ", ".join(f"{count} {status}" for status, count in counts.items()) + ".",
+        "",
+        "| architecture | | maps | left out, or why |",
+        "|---|---|---|---|",
+        *(
+            f"| `{row.architecture}` | {row.status} | {', '.join(row.maps)} | "
+            f"{row.note.replace('|', chr(92) + '|')} |"
+            for row in found
+        ),
+        "",
+        f"No decoders, and not tried: {', '.join(f'`{name}`' for name in others)}.",
+        "",
+    ]
+    return "\n".join(lines)
