@@ -20,6 +20,7 @@ ATTENTION = {"W_Q": "attn.q", "W_K": "attn.k", "W_V": "attn.v", "W_O": "attn.o"}
 _FEED_FORWARD = {"W_in": "in", "W_gate": "gate", "W_out": "out"}
 _FEED_FORWARDS = ("mlp.", "mlp.dense_", "mlp.shared_expert.", "mlp.shared_experts.", "shared_mlp.")
 _JOINT = (("W_Q", "W_K", "W_V"), ("W_gate", "W_in"))  # often stored as one matrix
+_PLAIN = ("Linear", "Conv1D", "Conv1d")  # classes that say nothing
 _INSIDE = "_original_component."  # what wrapping adds to the names of transformers
 
 
@@ -47,9 +48,6 @@ class LeftOut:
     def name(self) -> str:
         """``blocks.{layer}.{module}``."""
         return f"blocks.{self.layer}.{self.module}"
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.kind}): {self.reason}"
 
 
 def linear_maps(block: nn.Module) -> dict[str, tuple[str, Linear]]:
@@ -101,9 +99,8 @@ def left_out(
         seen.add(name)
         module = own.get_submodule(wrapped)
         module = getattr(module, "original_component", None) or module
-        yield LeftOut(
-            layer, name, type(module).__name__, why.get(id(parameter)) or _reason(parameter, name)
-        )
+        reason = why.get(id(parameter)) or _reason(parameter, full)
+        yield LeftOut(layer, name, type(module).__name__, reason)
 
 
 def _joined(listed: Iterable[str]) -> list[tuple[str, ...]]:
@@ -113,7 +110,9 @@ def _joined(listed: Iterable[str]) -> list[tuple[str, ...]]:
 def _reason(parameter: nn.Parameter, name: str) -> str:
     if parameter.ndim == 3 and "expert" in name:
         return "the bridge hands out no inputs and output gradients of single experts"
-    return "no map of attention or of a dense MLP"
+    if not name.rpartition(".")[0].endswith(_INSIDE.rstrip(".")):
+        return "the bridge has no hooks on it"
+    return "none of W_Q … W_out"
 
 
 def head_width(block: nn.Module, kind: str) -> int | None:
@@ -148,3 +147,18 @@ def check_whole(
             "skip_unsupported=True (--skip-unsupported) leaves out what is not dense and "
             "decomposes the rest."
         )
+
+
+def left_out_lines(left: Iterable[LeftOut]) -> tuple[str, ...]:
+    """One sentence per reason and group of layers, which names the modules."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for part in left:
+        what = part.module if part.kind in _PLAIN else f"{part.module} ({part.kind})"
+        layers.setdefault((what, part.reason), []).append(part.layer)
+    names: dict[tuple[str, str], list[str]] = {}
+    for (what, reason), there in layers.items():
+        names.setdefault((", ".join(map(str, there)), reason), []).append(what)
+    return tuple(
+        f"Left out of layer{'s' if ',' in there else ''} {there}: {', '.join(what)}: {reason}."
+        for (there, reason), what in names.items()
+    )

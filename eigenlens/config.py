@@ -37,6 +37,9 @@ class EigenpruneConfig(BaseModel):
     Of long prompts, ``n_positions`` of the last positions keep a mean of their own (default: all);
     those before them share one, which bounds memory and the size of the edit.
 
+    ``skip_unsupported`` decomposes what is dense of a model that is not
+    (:func:`eigenlens.weight_matrices`); the result names what was left out.
+
     ``basis`` says what the components are (:mod:`eigenlens.bases`); that of ``pca`` is taken on the
     train split. ``seed`` is the seed of the task, of a random basis, of resampling and of the
     search.
@@ -51,6 +54,7 @@ class EigenpruneConfig(BaseModel):
     task_args: dict[str, Any] = Field(default_factory=dict)
     matrices: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
+    skip_unsupported: bool = False
     basis: Basis = "svd"
     criterion: Criterion = "margin"
     refine: int | None = Field(default=None, ge=0)

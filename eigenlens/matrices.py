@@ -26,6 +26,7 @@ from eigenlens.blocks import (
     check_whole,
     head_width,
     left_out,
+    left_out_lines,
     linear_maps,
 )
 from eigenlens.inputs import check_model
@@ -252,17 +253,7 @@ class WeightMatrices(tuple[WeightMatrix, ...]):
         return pd.DataFrame(rows).astype(dict.fromkeys(("heads", "d_in", "d_out"), "Int64"))
 
     def __repr__(self) -> str:
-        return "\n".join([f"{len(self)} maps", *map(str, self), *self.left_out_lines()])
-
-    def left_out_lines(self) -> list[str]:
-        """One line per module and reason that is left out, with the layers that it is in."""
-        layers: dict[tuple[str, str, str], list[int]] = {}
-        for part in self.left_out:
-            layers.setdefault((part.module, part.kind, part.reason), []).append(part.layer)
-        return [
-            f"Left out: {module} ({kind}) of layers {', '.join(map(str, there))}: {reason}."
-            for (module, kind, reason), there in layers.items()
-        ]
+        return "\n".join([f"{len(self)} maps", *map(str, self), *left_out_lines(self.left_out)])
 
     def _repr_html_(self) -> str:
         return self.to_pandas().to_html(index=False, na_rep="")
@@ -307,8 +298,8 @@ def weight_matrices(
         rest += left_out(model.blocks[layer], layer, listed, refused)
     if not found and kinds is None:
         raise UnsupportedModelError(
-            f"{type(model.original_model).__name__} has no dense attention or MLP matrix: "
-            f"its blocks hold {', '.join(dict.fromkeys(part.kind for part in rest))}."
+            f"{type(model.original_model).__name__} has no dense attention or MLP that the "
+            "bridge has hooks on. " + " ".join(left_out_lines(rest))
         )
     missing = [kind for kind in kinds or () if kind not in {m.kind for m in found}]
     if missing:

@@ -166,7 +166,7 @@ def test_matrices_of_any_shape_and_rank(shape, kind):
 
 def test_near_equal_singular_values_form_blocks():
     sigma = torch.tensor([[5.0, 5.0 - 1e-13, 3.0, 1.0, 1.0 - 1e-9]], dtype=torch.float64)
-    site = Site(0, "W_in", 1, "in", 5, 9)
+    site = Site(0, "W_in", 1, "in", 5, 9, "mlp.in")
     eye = torch.eye(5, dtype=torch.float64)[None]
     blocks = Spectrum(site, eye, eye.mT, sigma, bases.RESOLUTION).blocks
     assert blocks.tolist() == [[0, 0, 1, 2, 3]]

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Literal, get_args
 
 import torch
+from datasets import Dataset
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
@@ -17,15 +18,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eigenlens.architectures.oracles import Inexact, StayDouble, check_exact, check_same_logits
 from eigenlens.architectures.tiny_models import VOCABULARY, NotBootable, tiny_model
-from eigenlens.blocks import UnsupportedModelError
+from eigenlens.blocks import UnsupportedModelError, left_out_lines
 from eigenlens.matrices import weight_matrices
 from eigenlens.models import load_model
-from eigenlens.tasks import load_task
 from eigenlens.zoo import ARITH_TINY
 
 Status = Literal["exact", "partly", "refused", "not bootable"]
 NATIVE = "TransformerLensNative"
 _SECONDS = 180.0
+# Of several lengths, so that batches are padded.
+_EXAMPLES = [
+    {"prompt": "1 + 2 =", "answer": " 3 7"},
+    {"prompt": "9 x 4 + 11 =", "answer": " 47"},
+    {"prompt": "7 + 7 + 7 + 7 =", "answer": " 28 0 5"},
+    {"prompt": "5 + 6 x 2 =", "answer": " 17"},
+]
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ def tried(name: str) -> Row:
     twin = next((other for other in decoders() if other.lower() == name.lower()), name)
     if twin != name:
         return Row(name, "not bootable", (), f"another spelling of {twin}")
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of constants that models make as they run
     try:
         with StayDouble():
             return _tried(name)
@@ -115,27 +124,28 @@ def tried(name: str) -> Row:
         return _refused(name, _line(error))
     except Exception as error:  # of any library: it is told, and the table goes on
         return _refused(name, f"{type(error).__name__}: {_line(error)}")
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _tried(name: str) -> Row:
     tokenizer = AutoTokenizer.from_pretrained(ARITH_TINY)
     model = _native(tokenizer) if name == NATIVE else _bridge(name, tokenizer)
     maps = weight_matrices(model, skip_unsupported=True)
-    sizes = {"n_train": 4, "n_validation": 1, "n_test": 1}
-    task = load_task("int_add", tokenizer, low=0, high=20, **sizes)
-    check_exact(model, task.train)
+    check_exact(model, Dataset.from_list(_EXAMPLES))
     kinds = tuple(dict.fromkeys(m.kind for m in maps))
     if not maps.left_out:
         return Row(name, "exact", kinds, "")
-    return Row(name, "partly", kinds, " ".join(maps.left_out_lines()))
+    return Row(name, "partly", kinds, " ".join(left_out_lines(maps.left_out)))
 
 
 def _bridge(name: str, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
     plain = tiny_model(name)
     tokens = torch.arange(3, 12)[None]
     with torch.no_grad():
-        wanted = plain(tokens).logits
-    model = load_model(plain, tokenizer)
+        wanted = getattr(plain(tokens), "logits", None)
+    model = load_model(plain, tokenizer)  # refuses what has no logits
+    assert wanted is not None
     with torch.no_grad():
         check_same_logits(model(tokens), wanted)
     return model

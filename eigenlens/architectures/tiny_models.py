@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-MOST_PARAMETERS = 3_000_000
+MOST_PARAMETERS = 10_000_000
 VOCABULARY = 384  # more than the tokenizer of arith-tiny knows; the last ones are special tokens
 _LAST = VOCABULARY - 1
 
@@ -52,6 +52,7 @@ _WIDTHS: dict[str, Any] = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "moe_num_experts": 4,
+    "moe_k": 2,
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
     "n_group": 1,
@@ -107,7 +108,6 @@ _WIDTHS: dict[str, Any] = {
     "vision_end_token_id": _LAST - 4,
 }
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-_PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
 # What the table of widths cannot know: names of their own, and patterns of layers.
 _OWN: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},
@@ -123,7 +123,15 @@ _OWN: dict[str, dict[str, Any]] = {
         "patch_padding": [3],
         "patch_prenorm": [False],
     },
-    "Gemma4TextConfig": {**_PER_LAYER, "global_head_dim": 16},
+    # The last two layers take keys and values of the first two.
+    "Gemma4TextConfig": {
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+    },
     "Gemma4UnifiedTextConfig": {"global_head_dim": 16},
     "Glm4vTextConfig": {"rope_parameters": _MROPE},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
@@ -166,7 +174,9 @@ def tiny_model(architecture: str) -> PreTrainedModel:
     names = {name.lower(): name for name in dir(transformers)}
     if architecture.lower() not in names:
         raise NotBootable("transformers has no such class: its code comes with the checkpoint")
-    model_class = getattr(transformers, names[architecture.lower()])
+    found = getattr(transformers, names[architecture.lower()])
+    # Under the name that TransformerLens knows it by, as a checkpoint would give it.
+    model_class: Any = type(architecture, (found,), {})
     try:
         config = tiny_config(model_class.config_class)
         with torch.device("meta"):
@@ -179,12 +189,13 @@ def tiny_model(architecture: str) -> PreTrainedModel:
             dtype=torch.float64,
             attn_implementation="eager",
             experts_implementation="eager",
-        ).eval()
+        )
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise NotBootable(f"{type(error).__name__}: {lines[0]}") from error
-    _enlarge(model)
+        sentence = " ".join(str(error).split()).partition(". ")[0]
+        raise NotBootable(f"{type(error).__name__}: {sentence}") from error
     assert isinstance(model, PreTrainedModel)
+    model.double().eval()  # some parts stay in float32 whatever the type
+    _enlarge(model)
     return model
 
 

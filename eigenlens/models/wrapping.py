@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from eigenlens.blocks import UnsupportedModelError
 from eigenlens.files import FileFormatError
-from eigenlens.models.checks import check_causal, check_finite, check_same_logits, probe
+from eigenlens.models.checks import (
+    check_causal,
+    check_finite,
+    check_same_logits,
+    is_padding_neutral,
+    probe,
+)
 from eigenlens.models.peft_adapters import has_adapter
 from eigenlens.models.special_tokens import kept_as_is, note_special_tokens
 from eigenlens.models.upstream import mend_experts_dtype, mend_rotary_dtype, refuse_unsupported
@@ -165,9 +172,8 @@ def ready(
     note_special_tokens(bridge, published)
     mend_rotary_dtype(bridge)
     name = reference.name if reference else type(bridge.original_model).__name__
-    tokens = probe(bridge.cfg.d_vocab, bridge.cfg.n_ctx, torch.device(bridge.cfg.device))
-    if reference:
-        tokens = reference.tokens
+    size = bridge.cfg.d_vocab, bridge.cfg.n_ctx, torch.device(bridge.cfg.device)
+    tokens = reference.tokens if reference else probe(*size)
     with _unsupported(f"A pass through the bridge of {name} fails"):
         logits = _run(bridge, tokens)
         if reference:
@@ -179,10 +185,11 @@ def ready(
             name,
             routed=bool(getattr(bridge.cfg, "num_experts", None)),
         )
+        bridge.cfg.neutral_padding = is_padding_neutral(partial(_run, bridge), *size)
     return bridge
 
 
-def _run(bridge: TransformerBridge, tokens: Tensor) -> Tensor:
+def _run(bridge: TransformerBridge, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """The pass that evaluation makes."""
     with torch.no_grad():
-        return bridge(tokens, use_cache=False)
+        return bridge(tokens, attention_mask=mask, use_cache=False)
