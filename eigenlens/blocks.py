@@ -144,8 +144,8 @@ def check_whole(
         raise UnsupportedModelError(
             f"Layer {layer} has no dense {kind}: its {part} is a {type(inner).__name__} "
             f"({refused[kind]}). eigenlens decomposes dense attention and MLP matrices only; "
-            "skip_unsupported=True (--skip-unsupported) leaves out what is not dense and "
-            "decomposes the rest."
+            "weight_matrices, decompose and EigenpruneConfig leave out what is not dense with "
+            "skip_unsupported=True (--skip-unsupported)."
         )
 
 

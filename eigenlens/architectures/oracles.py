@@ -6,9 +6,7 @@
 3. Padding changes nothing: an example has the same loss alone and in a batch.
 """
 
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +14,6 @@ from datasets import Dataset
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.decomposition import decompose
@@ -35,31 +32,6 @@ Parts = Float[Tensor, "head k d_in d_out"]
 
 class Inexact(Exception):
     """An oracle and the product disagree; says which and where."""
-
-
-class StayDouble(TorchFunctionMode):
-    """Keep float64 in float64 where models go through float32 (norms, softmax).
-
-    Oracles need exact arithmetic: a float32 rounding in the middle of a float64 model hides errors
-    of 1e-8, and its attention mask overflows there.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        narrowing = func is torch.Tensor.float or (
-            func is torch.Tensor.to and torch.float32 in args
-        )
-        narrowing = narrowing or kwargs.get("dtype") is torch.float32
-        if narrowing and args and isinstance(args[0], torch.Tensor):
-            # Not what eigenlens itself casts down: that would be its fault, and must show.
-            own = sys._getframe(1).f_globals["__name__"].startswith("eigenlens.")
-            if args[0].dtype == torch.float64 and not own:
-                if "dtype" not in kwargs:
-                    return args[0]
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
 
 
 def check_exact(model: TransformerBridge, data: Dataset) -> None:

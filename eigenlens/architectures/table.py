@@ -8,6 +8,7 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection
 from typing import Literal, get_args
 
+import huggingface_hub
 import torch
 from datasets import Dataset
 from transformer_lens.config import TransformerBridgeConfig
@@ -16,9 +17,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.architectures import classify_architecture
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from eigenlens.architectures.oracles import Inexact, StayDouble, check_exact, check_same_logits
+from eigenlens.architectures.oracles import Inexact, check_exact, check_same_logits
 from eigenlens.architectures.tiny_models import VOCABULARY, NotBootable, tiny_model
 from eigenlens.blocks import UnsupportedModelError, left_out_lines
+from eigenlens.double import StayDouble
 from eigenlens.matrices import weight_matrices
 from eigenlens.models import load_model
 from eigenlens.zoo import ARITH_TINY
@@ -101,6 +103,8 @@ def _apart(name: str, seconds: float) -> Row:
 
 
 def _send(connection: Connection, name: str) -> None:
+    # Models that see or hear look for a processor under their name: there is none.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     connection.send(tried(name))
 
 
@@ -134,9 +138,9 @@ def _tried(name: str) -> Row:
     maps = weight_matrices(model, skip_unsupported=True)
     check_exact(model, Dataset.from_list(_EXAMPLES))
     kinds = tuple(dict.fromkeys(m.kind for m in maps))
-    if not maps.left_out:
-        return Row(name, "exact", kinds, "")
-    return Row(name, "partly", kinds, " ".join(left_out_lines(maps.left_out)))
+    notes = [] if model.cfg.neutral_padding else ["Padding changes it: batches have one length."]
+    notes += left_out_lines(maps.left_out)
+    return Row(name, "partly" if maps.left_out else "exact", kinds, " ".join(notes))
 
 
 def _bridge(name: str, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:

@@ -1,5 +1,7 @@
 """What TransformerLens 4.3 and transformers do wrong with some models: mended or refused here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
+from transformer_lens.model_bridge.sources.transformers import helpers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from eigenlens.blocks import UnsupportedModelError
@@ -40,6 +43,21 @@ def mend_experts_dtype(model: PreTrainedModel) -> None:
     """Let transformers multiply experts one by one in float64: it has no grouped product there."""
     if next(model.parameters()).dtype == torch.float64:
         model.set_experts_implementation("eager")
+
+
+@contextmanager
+def no_installs() -> Iterator[None]:
+    """Keep TransformerLens from running pip.
+
+    Where a model that sees comes without a processor, it installs torchvision, and with it another
+    build of torch, into the running environment. Texts need no processor.
+    """
+    usual = helpers._ensure_torchvision
+    helpers._ensure_torchvision = lambda: False
+    try:
+        yield
+    finally:
+        helpers._ensure_torchvision = usual
 
 
 def mend_rotary_dtype(model: TransformerBridge) -> None:

@@ -29,7 +29,12 @@ from eigenlens.models.checks import (
 )
 from eigenlens.models.peft_adapters import has_adapter
 from eigenlens.models.special_tokens import kept_as_is, note_special_tokens
-from eigenlens.models.upstream import mend_experts_dtype, mend_rotary_dtype, refuse_unsupported
+from eigenlens.models.upstream import (
+    mend_experts_dtype,
+    mend_rotary_dtype,
+    no_installs,
+    refuse_unsupported,
+)
 from eigenlens.models.weight_files import check_loaded
 from eigenlens.models.wording import reason
 
@@ -114,7 +119,7 @@ def wrap_files(
         ValueError: weights that are no numbers.
     """
     checkpoint = _Checkpoint(device)
-    with kept_as_is(tokenizer):
+    with kept_as_is(tokenizer), no_installs():
         try:
             bridge = TransformerBridge.boot_transformers(
                 source, dtype=dtype, device=device, tokenizer=tokenizer, model_class=checkpoint
@@ -145,7 +150,8 @@ def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tr
     model.eval()
     reference = Reference.of(model)
     weight = next(model.parameters())
-    with kept_as_is(tokenizer), _unsupported(f"TransformerLens cannot wrap this {name}"):
+    cannot = _unsupported(f"TransformerLens cannot wrap this {name}")
+    with kept_as_is(tokenizer), no_installs(), cannot:
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model, dtype=weight.dtype, device=weight.device, tokenizer=tokenizer
         )
