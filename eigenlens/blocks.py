@@ -21,6 +21,7 @@ _FEED_FORWARD = {"W_in": "in", "W_gate": "gate", "W_out": "out"}
 _FEED_FORWARDS = ("mlp.", "mlp.dense_", "mlp.shared_expert.", "mlp.shared_experts.", "shared_mlp.")
 _JOINT = (("W_Q", "W_K", "W_V"), ("W_gate", "W_in"))  # often stored as one matrix
 _PLAIN = ("Linear", "Conv1D", "Conv1d")  # classes that say nothing
+_EXPERTS = "the bridge hands out no inputs and output gradients of single experts"
 _INSIDE = "_original_component."  # what wrapping adds to the names of transformers
 
 
@@ -109,7 +110,7 @@ def _joined(listed: Iterable[str]) -> list[tuple[str, ...]]:
 
 def _reason(parameter: nn.Parameter, name: str) -> str:
     if parameter.ndim == 3 and "expert" in name:
-        return "the bridge hands out no inputs and output gradients of single experts"
+        return _EXPERTS
     if not name.rpartition(".")[0].endswith(_INSIDE.rstrip(".")):
         return "the bridge has no hooks on it"
     return "none of W_Q … W_out"
@@ -128,15 +129,25 @@ def head_width(block: nn.Module, kind: str) -> int | None:
 
 
 def check_whole(
-    block: nn.Module, layer: int, kinds: Iterable[str], refused: Mapping[str, str]
+    block: nn.Module,
+    layer: int,
+    kinds: Iterable[str],
+    refused: Mapping[str, str],
+    rest: Iterable[LeftOut],
 ) -> None:
     """Raise ``UnsupportedModelError`` for the first of these kinds that is refused.
 
-    A block without any feed-forward lacks none.
+    A block without any feed-forward lacks none; one that has experts besides is no dense MLP.
     """
+    experts = next((part for part in rest if part.reason == _EXPERTS), None)
+    if set(kinds).isdisjoint(_FEED_FORWARD):
+        experts = None
+    if experts:
+        refused = {**refused, "W_in": f"it has {experts.module} ({experts.kind})"}
     for kind in refused:
         part = "attn" if kind in ATTENTION else "mlp"
-        if kind not in kinds or (part == "mlp" and not hasattr(block, "mlp")):
+        alone = part == "mlp" and not hasattr(block, "mlp") and not experts
+        if alone or (kind not in kinds and not (experts and kind == "W_in")):
             continue
         children = (getattr(block, name, None) for name in (part, "mixer"))
         inner = next((child for child in children if child is not None), block)

@@ -291,11 +291,12 @@ def weight_matrices(
     rest: list[LeftOut] = []
     for layer in _checked_layers(layers, len(model.blocks)):
         maps, refused = _block_maps(model, layer)
-        if not skip_unsupported:
-            check_whole(model.blocks[layer], layer, kinds or MATRIX_KINDS, refused)
         found += [m for kind, m in maps.items() if kinds is None or kind in kinds]
         listed = {kind: m.module for kind, m in maps.items()}
-        rest += left_out(model.blocks[layer], layer, listed, refused)
+        parts = list(left_out(model.blocks[layer], layer, listed, refused))
+        if not skip_unsupported:
+            check_whole(model.blocks[layer], layer, kinds or MATRIX_KINDS, refused, parts)
+        rest += parts
     if not found and kinds is None:
         raise UnsupportedModelError(
             f"{type(model.original_model).__name__} has no dense attention or MLP that the "
