@@ -186,7 +186,7 @@ class _Sums:
     def __init__(self, model: TransformerBridge, positions: range) -> None:
         self.model = model
         self.positions = positions
-        self.outputs = list(weight_matrices(model, ["W_O", "W_out"]))
+        self.outputs = [m for m in weight_matrices(model) if m.kind in ("W_O", "W_out")]
         self.count = torch.zeros(len(positions), dtype=torch.float64)
         self.totals: dict[str, Tensor] = {}
         self.n_examples = 0
@@ -252,7 +252,12 @@ class _Sums:
                 heads = list(range(total.shape[2]))
                 labels = {"query": positions, "key": positions, "head": heads}
             parts[kind].append(_long(kind, int(layer), values, labels))
-        return {kind: pd.concat(parts[kind], ignore_index=True) for kind in _TABLES}
+        return {
+            kind: pd.concat(tables, ignore_index=True)
+            if tables
+            else pd.DataFrame(columns=_COLUMNS[kind], dtype=float)  # models without MLPs
+            for kind, tables in parts.items()
+        }
 
 
 def _compared(

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.matrices import Site, WeightMatrix, map_of
+from eigenlens.matrices import JOINT, Site, WeightMatrix, map_of
 from eigenlens.provenance import text_hash
 from eigenlens.spectra import Spectrum
 
@@ -148,7 +148,7 @@ def joint(model: TransformerBridge, layer: int, kind: str, dtype: torch.dtype) -
     ``R_A R_Bᵀ``, and its vectors follow from the small factors alone. Directions beyond the rank of
     the joint map read and write nothing.
     """
-    first, second = ("W_Q", "W_K") if kind == "QK" else ("W_V", "W_O")
+    first, second = JOINT[kind]
     own = map_of(model, layer, "W_Q" if kind == "QK" else "W_O")
     inner, outer = (
         _by_query_head(map_of(model, layer, name), own.n_heads) for name in (first, second)

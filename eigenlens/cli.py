@@ -1,8 +1,6 @@
 """The command line: ``eigenlens run``, ``report``, ``experiment``, ``figures`` and more."""
 
-import datetime
 import inspect
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from eigenlens.cli_values import expanded, pairs, split
 
 app = typer.Typer(
     help="Find, freeze and explain the singular directions of transformer weights.",
@@ -46,50 +45,6 @@ def _clear_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def _pairs(values: list[str], option: str) -> dict[str, Any]:
-    """``key=value`` pairs by key."""
-    pairs = {}
-    for text in values:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{option} {text!r} is not of the form key=value.")
-        if not value.strip():
-            raise ValueError(f"{option} {text!r} gives no value; write null for none.")
-        pairs[key] = _value(value)
-    return pairs
-
-
-def _value(text: str) -> Any:
-    """A number, truth value, null, list or mapping written as YAML; all else is text as it is.
-
-    So is what YAML would read as something else by surprise: ``~`` and comments (nothing), dates,
-    and the names of files that begin with a sign.
-    """
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        return text
-    if isinstance(value, str):
-        return value if text.lstrip()[0] in "'\"" else text
-    if value is None:
-        return None if text.strip().lower() == "null" else text
-    return text if isinstance(value, datetime.date) else value
-
-
-def _expanded(path: Path | None) -> Path | None:
-    """``~`` is the home folder, also after an equals sign, where shells leave it alone."""
-    return None if path is None else Path(os.path.expanduser(path))
-
-
-def _split(text: str | None, kind: type = str) -> tuple[Any, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise ValueError(f"{text!r} is not a comma-separated list of numbers.") from error
-
-
 @app.command()
 def run(
     model: Annotated[
@@ -104,6 +59,10 @@ def run(
         str | None, typer.Option(help="Comma-separated, e.g. W_K,W_in (default: all).")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Comma-separated (default: all).")] = None,
+    skip_unsupported: Annotated[
+        bool | None,
+        typer.Option("--skip-unsupported", help="Decompose what is dense of a model that is not."),
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="paper; options override it.")] = None,
     search: Annotated[
         str | None, typer.Option(help="one_shot, iterative, guarded or learned.")
@@ -144,11 +103,11 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split and of resampling.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file; options override it.", callback=_expanded)
+        Path | None, typer.Option(help="YAML file; options override it.", callback=expanded)
     ] = None,
     out: Annotated[
         Path,
-        typer.Option(help="Run folder; a run that was interrupted goes on.", callback=_expanded),
+        typer.Option(help="Run folder; a run that was interrupted goes on.", callback=expanded),
     ] = Path("runs/run"),
 ) -> None:
     """Score, search, freeze, and measure a task before and after."""
@@ -159,11 +118,12 @@ def run(
             "model": model,
             "merge_adapter": merge_adapter,
             "task": task,
-            "task_args": _pairs(task_arg, "--task-arg") if task_arg else None,
-            "matrices": _split(matrices),
-            "layers": _split(layers, int),
+            "task_args": pairs(task_arg, "--task-arg") if task_arg else None,
+            "matrices": split(matrices),
+            "layers": split(layers, int),
+            "skip_unsupported": skip_unsupported,
             "search": search,
-            "search_args": _pairs(search_arg, "--search-arg") if search_arg else None,
+            "search_args": pairs(search_arg, "--search-arg") if search_arg else None,
             "protect": {name: {} for name in protect if name != "none"} if protect else None,
             "protect_bound": protect_bound,
             "refine": refine,
@@ -181,9 +141,9 @@ def run(
         if fraction is not None:
             if search not in (None, "one_shot"):
                 raise ValueError(f"--fraction is for one_shot, not for --search {search}.")
-            shares = {"fractions": list(_split(fraction, float) or ()), "or_nothing": False}
+            shares = {"fractions": list(split(fraction, float) or ()), "or_nothing": False}
             options["search"] = "one_shot"
-            options["search_args"] = {**shares, **_pairs(search_arg or [], "--search-arg")}
+            options["search_args"] = {**shares, **pairs(search_arg or [], "--search-arg")}
         base: dict[str, Any] = {}
         if config is not None:
             base = pipeline.EigenpruneConfig.from_yaml(config).model_dump(mode="json")
@@ -198,6 +158,8 @@ def run(
         result = pipeline.run(settings, out)
         _draw(result, out)
         console.print(_before_and_after(result))
+        for line in result.left_out:
+            _say(line)
         _say(f"Run folder: {out}")
 
 
@@ -248,6 +210,33 @@ def models() -> None:
 
 
 @app.command()
+def architectures(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names of TransformerLens (default: all decoders).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of a page.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write (default: print it).", callback=expanded)
+    ] = None,
+) -> None:
+    """Try what can be decomposed of every architecture, on tiny random models."""
+    with _clear_errors():
+        from eigenlens.architectures import rows, to_json, to_markdown
+        from eigenlens.files import write_text
+
+        found = []
+        for row in rows(names or ()):
+            found.append(row)
+            errors.print(f"{row.architecture}: {row.status}")
+        text = to_json(found) if as_json else to_markdown(found)
+        if out is None:
+            print(text, end="")
+        else:
+            write_text(out, text)
+            _say(f"Written to {out}")
+
+
+@app.command()
 def tasks() -> None:
     """List the tasks."""
     from eigenlens.tasks import TASKS
@@ -287,17 +276,17 @@ def experiment(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file in place of the study's own, where it has one.", callback=_expanded
+            help="YAML file in place of the study's own, where it has one.", callback=expanded
         ),
     ] = None,
     parts: Annotated[
         Path,
         typer.Option(
-            help="Folder of finished parts: an interrupted study goes on.", callback=_expanded
+            help="Folder of finished parts: an interrupted study goes on.", callback=expanded
         ),
     ] = Path("runs/experiments"),
     out: Annotated[
-        Path, typer.Option(help="Folder for table, page and figure.", callback=_expanded)
+        Path, typer.Option(help="Folder for table, page and figure.", callback=expanded)
     ] = Path("figures"),
 ) -> None:
     """Run a study: writes a table, a page and a figure."""
@@ -329,9 +318,9 @@ def experiment(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder of `eigenlens run`.", callback=_expanded)],
+    run: Annotated[Path, typer.Argument(help="Run folder of `eigenlens run`.", callback=expanded)],
     out: Annotated[
-        Path | None, typer.Option(help="Default: report.html in the folder.", callback=_expanded)
+        Path | None, typer.Option(help="Default: report.html in the folder.", callback=expanded)
     ] = None,
     circuit: Annotated[
         bool,
@@ -354,7 +343,7 @@ def figures(
         list[str] | None, typer.Option("--format", help="svg, pdf, png, html (default: all).")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder of tables, pages and figures.", callback=_expanded)
+        Path, typer.Option(help="Folder of tables, pages and figures.", callback=expanded)
     ] = Path("figures"),
 ) -> None:
     """Draw the figures of the studies again from their stored tables."""
@@ -376,9 +365,7 @@ def bench(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per pass.")] = 50,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats.", min=1)] = 5,
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file to write.", callback=_expanded)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.", callback=expanded)] = None,
 ) -> None:
     """Time a scoring pass against an ordinary training step."""
     with _clear_errors():
@@ -389,7 +376,7 @@ def bench(
 
         loaded = load_model(model)
         arguments = {"low": 10, "high": 30, "n_train": 300, "n_validation": 50, "n_test": 50}
-        arguments |= _pairs(task_arg or [], "--task-arg")
+        arguments |= pairs(task_arg or [], "--task-arg")
         task = load_task("int_add", loaded.tokenizer, **arguments)
         found = benchmark(loaded, task, batch_size=batch_size, repeats=repeats)
         table = Table("", "median seconds", "of a training step")

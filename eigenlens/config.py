@@ -42,6 +42,9 @@ class EigenpruneConfig(BaseModel):
     the last positions of the prompt keep their own (default: all), and those before them share one,
     which bounds memory and the size of the edit for long prompts.
 
+    ``skip_unsupported`` decomposes what is dense of a model that is not
+    (:func:`eigenlens.weight_matrices`); the result names what was left out.
+
     ``basis`` says what the components are (:mod:`eigenlens.bases`); that of ``pca`` is taken on the
     train split. ``seed`` is the seed of the task, of a random basis, of resampling and of the
     search.
@@ -61,6 +64,7 @@ class EigenpruneConfig(BaseModel):
     task_args: dict[str, Any] = Field(default_factory=dict)
     matrices: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
+    skip_unsupported: bool = False
     basis: Basis = "svd"
     criterion: Criterion = "margin"
     refine: int | None = Field(default=None, ge=0)

@@ -14,8 +14,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens import bases
 from eigenlens import cache as disk
 from eigenlens.matrices import (
+    JOINT,
     JOINT_KINDS,
     Site,
+    WeightMatrices,
     WeightMatrix,
     checked_kinds,
     weight_matrices,
@@ -34,6 +36,7 @@ def decompose(
     matrices: Iterable[str] | None = None,
     layers: Iterable[int] | None = None,
     *,
+    skip_unsupported: bool = False,
     basis: Basis | str = "svd",
     data: Dataset | None = None,
     seed: int = 0,
@@ -44,10 +47,12 @@ def decompose(
     """Components of every weight matrix, per head for attention.
 
     Args:
-        model: a dense transformer.
+        model: a transformer, dense unless ``skip_unsupported``.
         matrices: kinds (``W_Q`` … ``W_out``); default all. For ``qk_ov`` they are ``QK`` and
             ``OV``; ``neurons`` has ``W_out`` only.
         layers: block indices; default all.
+        skip_unsupported: decompose what is dense of a model that is not
+            (:func:`eigenlens.weight_matrices`).
         basis: what the components are (:mod:`eigenlens.bases`).
         data: examples that ``pca`` takes the activations on.
         seed: of the ``random`` basis.
@@ -68,7 +73,8 @@ def decompose(
         raise ValueError(f"dtype must be 'float32' or 'float64', not {dtype!r}.")
     if (basis == "pca") != (data is not None):
         raise ValueError("basis='pca' needs data=, and no other basis takes any.")
-    makers = _makers(model, matrices, layers, basis, data, seed, _DTYPES.get(dtype or ""), cache)
+    listed = partial(weight_matrices, model, layers=layers, skip_unsupported=skip_unsupported)
+    makers = _makers(model, listed, matrices, basis, data, seed, _DTYPES.get(dtype or ""), cache)
     bar = tqdm(makers, desc="decompose", unit="matrix", disable=not progress)
     spectra = Spectra([make() for make in bar], Provenance.of(model), basis, seed)
     if cache:
@@ -96,13 +102,15 @@ def decomposed_again(
             "dataclasses.replace(…, spectra=…)."
         )
     kinds, layers = (sorted(set(components[name])) for name in ("matrix", "layer"))
-    return decompose(model, kinds, layers, basis=basis, seed=seed or 0, progress=False)
+    return decompose(
+        model, kinds, layers, skip_unsupported=True, basis=basis, seed=seed or 0, progress=False
+    )
 
 
 def _makers(
     model: TransformerBridge,
+    listed: Callable[..., WeightMatrices],
     matrices: Iterable[str] | None,
-    layers: Iterable[int] | None,
     basis: str,
     data: Dataset | None,
     seed: int,
@@ -112,16 +120,17 @@ def _makers(
     """What makes each decomposition, in the order of the model."""
     if basis == "qk_ov":
         kinds = checked_kinds(matrices, JOINT_KINDS) or JOINT_KINDS
-        queries = weight_matrices(model, ["W_Q"], layers)
-        _check_finite(weight_matrices(model, ["W_Q", "W_K", "W_V", "W_O"], layers))
+        maps = {m.name: m for m in listed(["W_Q", "W_K", "W_V", "W_O"])}
+        _check_finite(maps.values())
         return [
             partial(bases.joint, model, m.layer, kind, dtype or working_dtype(m))
-            for m in queries
+            for m in maps.values()
             for kind in kinds
+            if m.kind == JOINT[kind][0] and f"blocks.{m.layer}.{JOINT[kind][1]}" in maps
         ]
     if basis == "neurons" and matrices is None:
         matrices = ["W_out"]
-    found = weight_matrices(model, matrices, layers)
+    found = listed(matrices)
     _check_finite(found)
     if basis == "neurons":
         if any(m.kind != "W_out" for m in found):

@@ -9,7 +9,7 @@ output of ``W_Q``, ``W_K`` and ``W_V``, where their heads are apart, the input o
 same reason, and of an MLP map whichever of the two is narrower.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,28 +20,25 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
+from eigenlens.blocks import (
+    LeftOut,
+    UnsupportedModelError,
+    check_whole,
+    head_width,
+    left_out,
+    left_out_lines,
+    linear_maps,
+)
 from eigenlens.inputs import check_model
 
 MATRIX_KINDS = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
 MLP_KINDS = MATRIX_KINDS[4:]  # single maps, without heads
-JOINT_KINDS = ("QK", "OV")  # W_Q W_Kᵀ and W_V W_O
+JOINT = {"QK": ("W_Q", "W_K"), "OV": ("W_V", "W_O")}  # W_Q W_Kᵀ and W_V W_O
+JOINT_KINDS = tuple(JOINT)
 KINDS = (*MATRIX_KINDS, *JOINT_KINDS)
 Side = Literal["in", "out"]
 
-_MODULES = {
-    "W_Q": "attn.q",
-    "W_K": "attn.k",
-    "W_V": "attn.v",
-    "W_O": "attn.o",
-    "W_in": "mlp.in",
-    "W_gate": "mlp.gate",
-    "W_out": "mlp.out",
-}
 _HEAD_AXIS: dict[str, Side] = {"W_Q": "out", "W_K": "out", "W_V": "out", "W_O": "in"}
-
-
-class UnsupportedModelError(ValueError):
-    """The model has a block without dense attention and MLP matrices."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ class Site:
         side: whether it is the input or the output of its map.
         width: of one head.
         far_width: of one head on the other side of its map.
+        path: of the map within the bridge's block, such as ``attn.q``.
     """
 
     layer: int
@@ -64,6 +62,7 @@ class Site:
     side: Side
     width: int
     far_width: int
+    path: str
 
     @property
     def name(self) -> str:
@@ -83,7 +82,7 @@ class Site:
     @property
     def hook(self) -> str:
         """Hook of the activation."""
-        return f"blocks.{self.layer}.{_MODULES[self.matrix]}.hook_{self.side}"
+        return f"blocks.{self.layer}.{self.path}.hook_{self.side}"
 
     def split(self, value: Tensor, n_pos: int) -> Float[Tensor, "batch pos head width"]:
         """What the hook sees, whose layout depends on the family, as heads."""
@@ -116,6 +115,7 @@ class WeightMatrix:
         head_axis: whether the heads divide the output (``W_Q``, ``W_K``, ``W_V``), the input
             (``W_O``), or nothing.
         d_in, d_out: input and output width of one head.
+        path: of the map within the bridge's block, such as ``attn.q``.
         module: the ``nn.Linear`` or ``Conv1D`` that the model runs.
     """
 
@@ -125,6 +125,7 @@ class WeightMatrix:
     head_axis: Side | None
     d_in: int
     d_out: int
+    path: str
     module: nn.Module = field(repr=False, compare=False)
 
     @property
@@ -135,12 +136,12 @@ class WeightMatrix:
     @property
     def hook_in(self) -> str:
         """Hook of the input that the weight really multiplies."""
-        return f"blocks.{self.layer}.{_MODULES[self.kind]}.hook_in"
+        return f"blocks.{self.layer}.{self.path}.hook_in"
 
     @property
     def hook_out(self) -> str:
         """Hook of the output, bias included."""
-        return f"blocks.{self.layer}.{_MODULES[self.kind]}.hook_out"
+        return f"blocks.{self.layer}.{self.path}.hook_out"
 
     @property
     def rank(self) -> int:
@@ -168,14 +169,20 @@ class WeightMatrix:
         """
         far: Side = "in" if side == "out" else "out"
         heads = self.n_heads if side == self.head_axis else 1
-        return Site(self.layer, self.kind, heads, side, self.width(side), self.width(far))
+        widths = self.width(side), self.width(far)
+        return Site(self.layer, self.kind, heads, side, *widths, self.path)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight as the module stores it."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def flat_weight(self) -> Float[Tensor, "all_in all_out"]:
         """All heads side by side, ``x @ W`` orientation: a view that writes through."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return self.flat(weight)
+        return self.flat(self.parameter)
 
     def flat(self, stored: Float[Tensor, "rows columns"]) -> Float[Tensor, "all_in all_out"]:
         """What has the layout of the parameter, such as its gradient, as ``x @ W`` needs it."""
@@ -212,34 +219,52 @@ def join_heads(
 
 
 class WeightMatrices(tuple[WeightMatrix, ...]):
-    """The maps of a model in order; shows as a table in a notebook."""
+    """The maps of a model in order; shows as a table in a notebook.
+
+    Attributes:
+        left_out: what else the blocks hold: weights of two and more dimensions that are no map of
+            this kind of list, whichever ``matrices`` were asked for.
+    """
+
+    left_out: tuple[LeftOut, ...] = ()
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per map: name, layer, matrix, heads, shape of one head, hook names."""
-        return pd.DataFrame(
-            [
-                {
-                    "name": m.name,
-                    "layer": m.layer,
-                    "matrix": m.kind,
-                    "heads": m.n_heads,
-                    "d_in": m.d_in,
-                    "d_out": m.d_out,
-                    "hook_in": m.hook_in,
-                    "hook_out": m.hook_out,
-                }
-                for m in self
-            ]
-        )
+        """One row per map: name, layer, matrix, heads, shape of one head, hook names.
+
+        What is left out follows, with its class as ``matrix``, and the reason.
+        """
+        rows: list[dict[str, object]] = [
+            {
+                "name": m.name,
+                "layer": m.layer,
+                "matrix": m.kind,
+                "heads": m.n_heads,
+                "d_in": m.d_in,
+                "d_out": m.d_out,
+                "hook_in": m.hook_in,
+                "hook_out": m.hook_out,
+            }
+            for m in self
+        ]
+        rows += [
+            {"name": part.name, "layer": part.layer, "matrix": part.kind, "left out": part.reason}
+            for part in self.left_out
+        ]
+        return pd.DataFrame(rows).astype(dict.fromkeys(("heads", "d_in", "d_out"), "Int64"))
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{len(self)} maps", *map(str, self), *left_out_lines(self.left_out)])
 
     def _repr_html_(self) -> str:
-        return self.to_pandas().to_html(index=False)
+        return self.to_pandas().to_html(index=False, na_rep="")
 
 
 def weight_matrices(
     model: TransformerBridge,
     matrices: Iterable[str] | None = None,
     layers: Iterable[int] | None = None,
+    *,
+    skip_unsupported: bool = False,
 ) -> WeightMatrices:
     """List the linear maps of ``model``.
 
@@ -247,11 +272,14 @@ def weight_matrices(
         model: any ``TransformerBridge`` whose blocks have dense attention and a dense MLP.
         matrices: kinds to list (default: all that the model has).
         layers: blocks to list (default: all).
+        skip_unsupported: list what there is where blocks lack dense attention or a dense MLP:
+            attention beside experts, experts that all tokens pass, the dense blocks of hybrids.
 
     Raises:
         ValueError: no bridge; an unknown matrix kind or layer, or a kind that the model does not
             have.
-        UnsupportedModelError: a mixture-of-experts or state-space block; names layer and kind.
+        UnsupportedModelError: a mixture-of-experts or state-space block, unless these are skipped;
+            names layer and kind. A model without any dense map.
     """
     check_model(model)
     kinds = checked_kinds(matrices)
@@ -259,17 +287,27 @@ def weight_matrices(
         raise UnsupportedModelError(
             f"{type(model.original_model).__name__} has no stack of transformer blocks."
         )
-    wanted = _checked_layers(layers, len(model.blocks))
-    found = [
-        matrix
-        for layer in wanted
-        for matrix in _block_matrices(model, layer)
-        if kinds is None or matrix.kind in kinds
-    ]
+    found: list[WeightMatrix] = []
+    rest: list[LeftOut] = []
+    for layer in _checked_layers(layers, len(model.blocks)):
+        maps, refused = _block_maps(model, layer)
+        found += [m for kind, m in maps.items() if kinds is None or kind in kinds]
+        listed = {kind: m.module for kind, m in maps.items()}
+        parts = list(left_out(model.blocks[layer], layer, listed, refused))
+        if not skip_unsupported:
+            check_whole(model.blocks[layer], layer, kinds or MATRIX_KINDS, refused, parts)
+        rest += parts
+    if not found and kinds is None:
+        raise UnsupportedModelError(
+            f"{type(model.original_model).__name__} has no dense attention or MLP that the "
+            "bridge has hooks on. " + " ".join(left_out_lines(rest))
+        )
     missing = [kind for kind in kinds or () if kind not in {m.kind for m in found}]
     if missing:
         raise ValueError(f"This model has no {', '.join(missing)}: its blocks hold no such map.")
-    return WeightMatrices(found)
+    listing = WeightMatrices(found)
+    listing.left_out = tuple(rest)
+    return listing
 
 
 def map_of(model: TransformerBridge, layer: int, kind: str) -> WeightMatrix:
@@ -278,7 +316,7 @@ def map_of(model: TransformerBridge, layer: int, kind: str) -> WeightMatrix:
     Raises:
         ValueError: the model has no such kind or layer.
     """
-    return weight_matrices(model, [kind], [layer])[0]
+    return weight_matrices(model, [kind], [layer], skip_unsupported=True)[0]
 
 
 def checked_kinds(
@@ -310,58 +348,42 @@ def _checked_layers(layers: Iterable[int] | None, n_layers: int) -> list[int]:
     return wanted
 
 
-def _block_matrices(model: TransformerBridge, layer: int) -> Iterator[WeightMatrix]:
+def _block_maps(
+    model: TransformerBridge, layer: int
+) -> tuple[dict[str, WeightMatrix], dict[str, str]]:
+    """The maps of a block by kind, and why it has not the others."""
     block = model.blocks[layer]
-    n_heads, d_head = model.cfg.n_heads, model.cfg.d_head
-    for kind, path in _MODULES.items():
-        part, name = path.split(".")
-        linear = _linear(getattr(block, part, None), name)
-        if linear is None:
-            if kind == "W_gate" or (part == "mlp" and not hasattr(block, "mlp")):
-                continue  # an MLP without a gate, a block without an MLP
-            raise _unsupported(model, layer, kind, part)
+    found = linear_maps(block)
+    maps: dict[str, WeightMatrix] = {}
+    refused: dict[str, str] = {}
+    for kind in MATRIX_KINDS:
+        if kind not in found:
+            if kind != "W_gate":  # an MLP may do without
+                refused[kind] = "there is no such map"
+            continue
+        path, linear = found[kind]
         flat_in, flat_out = linear.weight.shape
         if not isinstance(linear, Conv1D):
             flat_in, flat_out = flat_out, flat_in
         axis = _HEAD_AXIS.get(kind)
-        split = {"in": flat_in, "out": flat_out}.get(axis or "", 0)
-        heads = split // d_head if split else 1
-        if split % d_head or (kind in ("W_Q", "W_O") and heads != n_heads):
-            raise UnsupportedModelError(
-                f"{kind} of layer {layer} is {flat_in} x {flat_out}, which does not divide into "
-                f"{n_heads} heads of {d_head}: this attention is not supported."
-            )
-        yield WeightMatrix(
+        heads = 1
+        if axis is not None:
+            width = head_width(block, kind) or model.cfg.d_head
+            heads, rest = divmod(flat_in if axis == "in" else flat_out, width)
+            if rest or (kind in ("W_Q", "W_O") and heads != model.cfg.n_heads):
+                refused[kind] = (
+                    f"{flat_in} x {flat_out} does not divide into {model.cfg.n_heads} heads of "
+                    f"{width}"
+                )
+                continue
+        maps[kind] = WeightMatrix(
             layer=layer,
             kind=kind,
             n_heads=heads,
             head_axis=axis,
             d_in=flat_in // heads if axis == "in" else flat_in,
             d_out=flat_out // heads if axis == "out" else flat_out,
+            path=path,
             module=linear,
         )
-
-
-def _linear(part: nn.Module | None, name: str) -> nn.Linear | Conv1D | None:
-    bridge = getattr(part, name, None)
-    linear = getattr(bridge, "original_component", None)
-    return linear if isinstance(linear, nn.Linear | Conv1D) else None
-
-
-def _unsupported(
-    model: TransformerBridge, layer: int, kind: str, part: str
-) -> UnsupportedModelError:
-    block = model.blocks[layer]
-    inner = next(
-        (
-            getattr(child, "original_component", None) or child
-            for child in (getattr(block, part, None), getattr(block, "mixer", None))
-            if child is not None
-        ),
-        getattr(block, "original_component", None) or block,
-    )
-    return UnsupportedModelError(
-        f"Layer {layer} has no dense {kind}: its {part} is a {type(inner).__name__}. "
-        "eigenlens decomposes dense attention and MLP matrices only; "
-        "mixture-of-experts and state-space blocks are not supported."
-    )
+    return maps, refused

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.blocks import left_out_lines
 from eigenlens.config import EigenpruneConfig, search_options
 from eigenlens.decomposition import decompose
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
@@ -21,6 +22,7 @@ from eigenlens.files import FileFormatError, write_json
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.inputs import check_model
+from eigenlens.matrices import weight_matrices
 from eigenlens.models import load_model
 from eigenlens.provenance import Provenance, keeping_weights, versions
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES, refined
@@ -56,6 +58,7 @@ class EigenpruneResult:
         scores: of every component on the train split.
         search: the components that were frozen, the trace of the search, and what it spared.
         seconds: per stage.
+        left_out: what ``skip_unsupported`` left out of the decomposition, in sentences.
     """
 
     config: EigenpruneConfig
@@ -65,6 +68,7 @@ class EigenpruneResult:
     scores: Scores
     search: SearchResult
     seconds: dict[str, float] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def frozen(self) -> FrozenSet:
@@ -88,6 +92,7 @@ class EigenpruneResult:
                 "chosen": self.search.trace[self.search.trace["chosen"]].to_dict("records")[0],
                 "protected": self.search.protected.to_dict("records"),
             },
+            "left_out": list(self.left_out),
             "seed": self.config.seed,
             "fingerprints": {
                 "model": source.model_fingerprint,
@@ -111,6 +116,7 @@ class EigenpruneResult:
             f"{self.before.n} test examples, McNemar p = {self.comparison.p_value:.2g}</p>"
             "<table><tr><th></th><th>accuracy</th><th>95 % interval</th>"
             f"<th>loss (nats)</th></tr>{rows}</table>"
+            + "".join(f"<p>{html.escape(line)}</p>" for line in self.left_out)
         )
 
 
@@ -235,6 +241,7 @@ def _edit(
         scores,
         found,
         stages.seconds,
+        _left_out(model, config),
     )
     if stages.out is not None:
         write_json(stages.out / "metrics.json", result.metrics())
@@ -282,8 +289,16 @@ def _spectra(
 ) -> Spectra:
     data = task.train if config.basis == "pca" else None
     options: dict[str, Any] = {"basis": config.basis, "seed": config.seed, "data": data}
+    options["skip_unsupported"] = config.skip_unsupported
     with stages.timed("decompose"):
         return decompose(model, config.matrices, config.layers, **options, progress=progress)
+
+
+def _left_out(model: TransformerBridge, config: EigenpruneConfig) -> tuple[str, ...]:
+    if not config.skip_unsupported:
+        return ()
+    maps = weight_matrices(model, layers=config.layers, skip_unsupported=True)
+    return left_out_lines(maps.left_out)
 
 
 def _search(
@@ -384,5 +399,6 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[EigenpruneResult, dict[str
         Scores.load(folder / "scores.parquet"),
         SearchResult.load(folder),
         metrics["seconds"],
+        tuple(metrics["left_out"]),
     )
     return result, metrics

@@ -1,12 +1,13 @@
 """Shapes and types are enforced on the whole package; no test reaches the network."""
 
 import os
-import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
+
+from eigenlens.double import StayDouble  # it asks who calls it: no wrapper between
 
 # For the whole session, since modules are imported when they are first used.
 install_import_hook("eigenlens", "beartype.beartype")
@@ -14,7 +15,6 @@ install_import_hook("eigenlens", "beartype.beartype")
 import pytest
 import torch
 from tiny_models import write_tiny_model
-from torch.overrides import TorchFunctionMode
 
 import eigenlens as el
 
@@ -33,29 +33,6 @@ def _own_cache(tmp_path_factory):
         os.environ["EIGENLENS_CACHE"] = os.environ["EIGENLENS_TEST_CACHE"]
     else:
         os.environ["EIGENLENS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-class StayDouble(TorchFunctionMode):
-    """Keep float64 in float64 where models go through float32 (norms, softmax).
-
-    Oracles need exact arithmetic: a float32 rounding in the middle of a float64 model hides errors
-    of 1e-8, and its attention mask overflows there.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        narrowing = func is torch.Tensor.float or (
-            func is torch.Tensor.to and torch.float32 in args
-        )
-        narrowing = narrowing or kwargs.get("dtype") is torch.float32
-        if narrowing and args and isinstance(args[0], torch.Tensor):
-            # Not what eigenlens itself casts down: that would be its fault, and must show.
-            own = sys._getframe(1).f_globals["__name__"].startswith("eigenlens.")
-            if args[0].dtype == torch.float64 and not own:
-                if "dtype" not in kwargs:
-                    return args[0]
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ def edited_by_hand(model, frozen, batch):
     table = frozen.components
     hooks, kept = [], []
     try:
-        for matrix in el.weight_matrices(model):
+        for matrix in el.weight_matrices(model, skip_unsupported=True):
             mine = table[(table.layer == matrix.layer) & (table.matrix == matrix.kind)]
             if mine.empty:
                 continue
@@ -71,9 +71,11 @@ def edited_by_hand(model, frozen, batch):
             total = bias.flatten(1) if matrix.head_axis == "out" else bias.sum(1)
             first = batch.positions.start - frozen.means.positions.start
             here = total[first : first + len(batch.positions)]
-            hooks.append(
-                (matrix.hook_out, lambda y, hook, here=here: y + here.view(1, *y.shape[1:]))
-            )
+
+            def add(y, hook, here=here):  # heads may be apart, and examples joined
+                return (y.reshape(-1, *here.shape) + here).reshape(y.shape)
+
+            hooks.append((matrix.hook_out, add))
         with torch.no_grad(), model.hooks(fwd_hooks=hooks):
             return answer_logits(model, batch)
     finally:

@@ -11,8 +11,8 @@ import transformers as tf
 from tiny_models import CONFIGS, MIXED, word_tokenizer
 
 import eigenlens as el
+from eigenlens.blocks import UnsupportedModelError
 from eigenlens.files import FileFormatError
-from eigenlens.matrices import UnsupportedModelError
 from eigenlens.models import UnknownModelError, loading
 from eigenlens.models.checks import check_causal
 

@@ -22,7 +22,7 @@ UNIT = 1e-6
 def large():
     """As many components as SmolLM2 has, every 40th of them frozen, of the criterion ``fisher``."""
     sites = [
-        Site(layer, kind, n_heads, side, width, far)
+        Site(layer, kind, n_heads, side, width, far, "")
         for layer in range(30)
         for kind, n_heads, side, width, far in [
             ("W_Q", 9, "out", 64, 576),

@@ -47,9 +47,27 @@ CONFIGS = {
         multi_query=True,
     ),
     "mixtral": lambda: tf.MixtralConfig(**_GROUPED, num_local_experts=2),
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+        **_GROUPED,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+    ),
+    "jamba": lambda: tf.JambaConfig(  # layer 0: state space and MLP; layer 1: attention and experts
+        **_GROUPED,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=4,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
     "mamba": lambda: tf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
 }
-REFUSED = ("mixtral", "mamba")
+PARTLY = ("mixtral", "qwen2_moe", "jamba")  # experts, or a state space, beside what is dense
+REFUSED = (*PARTLY, "mamba")
 FAMILIES = tuple(name for name in CONFIGS if name not in REFUSED)
 
 
@@ -70,7 +88,7 @@ def write_tiny_model(family: str, path) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
-        elif parameter.ndim == 2:
+        elif parameter.ndim >= 2:
             parameter.data = torch.randn_like(parameter) * 0.8 / parameter.shape[-1] ** 0.5
     model.save_pretrained(path)
     word_tokenizer().save_pretrained(path)

@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigenlens.matrices import UnsupportedModelError
+from eigenlens.blocks import UnsupportedModelError
 
 _LENGTH = 5
+_PADDED = 16  # columns, of which the first ones are padding: no multiple of usual pools
+_PADDING = 3
 Run = Callable[[Int[Tensor, "1 pos"]], Float[Tensor, "1 pos d_vocab"]]
 
 
@@ -59,10 +61,12 @@ def check_finite(model: nn.Module) -> None:
             raise ValueError(f"The weights hold NaN or infinite values: {name}.")
 
 
-def probe(d_vocab: int, n_ctx: int | None, device: torch.device) -> Int[Tensor, "1 pos"]:
+def probe(
+    d_vocab: int, n_ctx: int | None, device: torch.device, length: int = _LENGTH
+) -> Int[Tensor, "1 pos"]:
     """A few tokens to try a model on, the same ones each time."""
     chance = torch.Generator().manual_seed(0)
-    length = min(_LENGTH, n_ctx or _LENGTH)
+    length = min(length, n_ctx or length)
     return torch.randint(d_vocab, (1, length), generator=chance).to(device)
 
 
@@ -117,3 +121,31 @@ def check_same_logits(
             f"TransformerLens computes other logits for {name} than transformers does (relative "
             f"difference {error:.2g}): it does not support this configuration."
         )
+
+
+def is_padding_neutral(
+    run: Callable[[Int[Tensor, "1 pos"], Int[Tensor, "1 pos"] | None], Float[Tensor, "1 pos voc"]],
+    d_vocab: int,
+    n_ctx: int | None,
+    device: torch.device,
+) -> bool:
+    """Whether masked tokens on the left leave the logits as they are.
+
+    They do not where positions are counted from the first column, masked or not, or where
+    neighbouring positions are pooled.
+
+    Args:
+        run: from tokens and mask to logits.
+        d_vocab: size of the vocabulary.
+        n_ctx: longest input.
+        device: where the tokens have to be.
+    """
+    tokens = probe(d_vocab, n_ctx, device, _PADDED)
+    if tokens.shape[1] <= _PADDING:
+        return True
+    mask = torch.ones_like(tokens)
+    mask[:, :_PADDING] = 0
+    alone = run(tokens[:, _PADDING:], None)
+    spread = (alone - alone.mean()).double().norm().clamp_min(1e-30)
+    change = (run(tokens, mask)[:, _PADDING:] - alone).double().norm()
+    return bool(change <= spread * (1e-4 if alone.dtype.itemsize > 2 else 0.1))

@@ -1,15 +1,19 @@
-"""What TransformerLens 4.3 does wrong with some architectures: mended or refused here."""
+"""What TransformerLens 4.3 and transformers do wrong with some models: mended or refused here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
-from transformers import PretrainedConfig
+from transformer_lens.model_bridge.sources.transformers import helpers
+from transformers import PretrainedConfig, PreTrainedModel
 
-from eigenlens.matrices import UnsupportedModelError
+from eigenlens.blocks import UnsupportedModelError
 
 _mended: WeakSet[nn.Module] = WeakSet()
 
@@ -33,6 +37,27 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
             "not supported: TransformerLens splits its joint matrix of queries, keys and values "
             "wrongly. Falcon models with one key/value head are supported."
         )
+
+
+def mend_experts_dtype(model: PreTrainedModel) -> None:
+    """Let transformers multiply experts one by one in float64: it has no grouped product there."""
+    if next(model.parameters()).dtype == torch.float64:
+        model.set_experts_implementation("eager")
+
+
+@contextmanager
+def no_installs() -> Iterator[None]:
+    """Keep TransformerLens from running pip.
+
+    Where a model that sees comes without a processor, it installs torchvision, and with it another
+    build of torch, into the running environment. Texts need no processor.
+    """
+    usual = helpers._ensure_torchvision
+    helpers._ensure_torchvision = lambda: False
+    try:
+        yield
+    finally:
+        helpers._ensure_torchvision = usual
 
 
 def mend_rotary_dtype(model: TransformerBridge) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,23 @@ from transformer_lens.model_bridge.sources.transformers import (
 )
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from eigenlens.blocks import UnsupportedModelError
 from eigenlens.files import FileFormatError
-from eigenlens.matrices import UnsupportedModelError
-from eigenlens.models.checks import check_causal, check_finite, check_same_logits, probe
+from eigenlens.models.checks import (
+    check_causal,
+    check_finite,
+    check_same_logits,
+    is_padding_neutral,
+    probe,
+)
 from eigenlens.models.peft_adapters import has_adapter
 from eigenlens.models.special_tokens import kept_as_is, note_special_tokens
-from eigenlens.models.upstream import mend_rotary_dtype, refuse_unsupported
+from eigenlens.models.upstream import (
+    mend_experts_dtype,
+    mend_rotary_dtype,
+    no_installs,
+    refuse_unsupported,
+)
 from eigenlens.models.weight_files import check_loaded
 from eigenlens.models.wording import reason
 
@@ -44,6 +56,7 @@ class Reference:
             ValueError: weights that are no numbers.
         """
         check_finite(model)
+        mend_experts_dtype(model)
         name = type(model).__name__
         with _unsupported(f"{name} does not turn tokens into logits"), torch.no_grad():
             table = model.get_input_embeddings().weight
@@ -106,7 +119,7 @@ def wrap_files(
         ValueError: weights that are no numbers.
     """
     checkpoint = _Checkpoint(device)
-    with kept_as_is(tokenizer):
+    with kept_as_is(tokenizer), no_installs():
         try:
             bridge = TransformerBridge.boot_transformers(
                 source, dtype=dtype, device=device, tokenizer=tokenizer, model_class=checkpoint
@@ -137,7 +150,8 @@ def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tr
     model.eval()
     reference = Reference.of(model)
     weight = next(model.parameters())
-    with kept_as_is(tokenizer), _unsupported(f"TransformerLens cannot wrap this {name}"):
+    cannot = _unsupported(f"TransformerLens cannot wrap this {name}")
+    with kept_as_is(tokenizer), no_installs(), cannot:
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model, dtype=weight.dtype, device=weight.device, tokenizer=tokenizer
         )
@@ -164,9 +178,8 @@ def ready(
     note_special_tokens(bridge, published)
     mend_rotary_dtype(bridge)
     name = reference.name if reference else type(bridge.original_model).__name__
-    tokens = probe(bridge.cfg.d_vocab, bridge.cfg.n_ctx, torch.device(bridge.cfg.device))
-    if reference:
-        tokens = reference.tokens
+    size = bridge.cfg.d_vocab, bridge.cfg.n_ctx, torch.device(bridge.cfg.device)
+    tokens = reference.tokens if reference else probe(*size)
     with _unsupported(f"A pass through the bridge of {name} fails"):
         logits = _run(bridge, tokens)
         if reference:
@@ -178,10 +191,11 @@ def ready(
             name,
             routed=bool(getattr(bridge.cfg, "num_experts", None)),
         )
+        bridge.cfg.neutral_padding = is_padding_neutral(partial(_run, bridge), *size)
     return bridge
 
 
-def _run(bridge: TransformerBridge, tokens: Tensor) -> Tensor:
+def _run(bridge: TransformerBridge, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """The pass that evaluation makes."""
     with torch.no_grad():
-        return bridge(tokens, use_cache=False)
+        return bridge(tokens, attention_mask=mask, use_cache=False)

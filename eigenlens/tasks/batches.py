@@ -7,6 +7,7 @@ tokens. The last answer token is predicted, not read.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -68,6 +69,9 @@ def make_batches(
 ) -> list[Batch]:
     """Tokenise ``data`` for ``model`` and cut it into batches of similar length.
 
+    Where padding would change what a model computes (``model.cfg.neutral_padding``), the examples
+    of a batch have one length.
+
     Args:
         data: columns ``prompt`` and ``answer``.
         model: gives tokenizer, context length, device and whether a beginning-of-sequence token
@@ -79,7 +83,8 @@ def make_batches(
     Raises:
         ValueError: no ``Dataset`` of prompts and answers, no ``TransformerBridge``, or one without
             a tokenizer; ``batch_size`` below ``smallest``, no or fewer than ``smallest`` examples;
-            an example that does not tokenise, is longer than the model's context, or has a token
+            a length that fewer than ``smallest`` have, where each needs its own batch; an example
+            that does not tokenise, is longer than the model's context, or has a token
             that the model does not.
     """
     check_model(model)
@@ -99,7 +104,8 @@ def make_batches(
         _check_vocabulary(row, example, n_rows, tokenizer)
     return [
         _collate(encoded, chunk).to(model.cfg.device)
-        for chunk in _chunks(encoded, batch_size, smallest)
+        for group in _groups(encoded, bool(getattr(model.cfg, "neutral_padding", True)), smallest)
+        for chunk in _chunks(group, batch_size, smallest)
     ]
 
 
@@ -123,10 +129,27 @@ def _check_vocabulary(
         )
 
 
-def _chunks(encoded: Sequence[Encoded], batch_size: int, smallest: int) -> Iterator[list[int]]:
-    order = sorted(
-        range(len(encoded)), key=lambda row: (len(encoded[row].prompt), len(encoded[row].answer))
-    )
+def _groups(encoded: Sequence[Encoded], padded: bool, smallest: int) -> Iterator[list[int]]:
+    """Rows by length: all together, or each length apart."""
+
+    def lengths(row: int) -> tuple[int, int]:
+        return len(encoded[row].prompt), len(encoded[row].answer)
+
+    order = sorted(range(len(encoded)), key=lengths)
+    if padded:
+        yield order
+        return
+    for length, rows in groupby(order, lengths):
+        group = list(rows)
+        if len(group) < smallest:
+            raise ValueError(
+                f"Padding changes what this model computes, and {len(group)} examples have "
+                f"{length[0]} and {length[1]} tokens: batches of at least {smallest} are needed."
+            )
+        yield group
+
+
+def _chunks(order: list[int], batch_size: int, smallest: int) -> Iterator[list[int]]:
     n_batches = min(-(-len(order) // batch_size), len(order) // smallest)
     return (chunk.tolist() for chunk in np.array_split(order, n_batches))
 
