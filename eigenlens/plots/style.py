@@ -103,9 +103,9 @@ def signed_log_ticks(values: np.ndarray, unit: float) -> tuple[list[float], list
     largest = float(np.abs(values).max(initial=unit))
     lowest = int(np.log10(unit))
     powers = [p for p in range(lowest, 12) if 10.0**p <= largest * 1.5]
-    # What lies within a fifth of the axis is too close to zero for two labels, unless there is
+    # What lies within a quarter of the axis is too close to zero for two labels, unless there is
     # nothing else.
-    near = lowest + (powers[-1] - lowest) / 5
+    near = lowest + (powers[-1] - lowest) / 4
     powers = [p for p in powers[-1::-2][::-1] if p > lowest and p >= near] or powers
     ticks = [-(10.0**p) for p in powers[::-1]] + [0.0] + [10.0**p for p in powers]
     return signed_log(np.array(ticks), unit).tolist(), [_power(tick) for tick in ticks]
