@@ -18,6 +18,7 @@ from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate
 from .evaluation import majority_accuracy as majority_accuracy
 from .evaluation import perplexity as perplexity
+from .export.attach import attach as attach
 from .freezing import freeze as freeze
 from .frozen_set import FrozenSet as FrozenSet
 from .matrices import weight_matrices as weight_matrices
