@@ -19,6 +19,8 @@ from .evaluation import evaluate as evaluate
 from .evaluation import majority_accuracy as majority_accuracy
 from .evaluation import perplexity as perplexity
 from .export.attach import attach as attach
+from .export.bake import bake as bake
+from .export.lora import to_lora as to_lora
 from .freezing import freeze as freeze
 from .frozen_set import FrozenSet as FrozenSet
 from .matrices import weight_matrices as weight_matrices

@@ -101,6 +101,10 @@ class FrozenSet:
         )
         return f"<p>{note}; how many per layer and matrix:</p>{by_matrix.to_html()}"
 
+    def shared(self) -> "FrozenSet":
+        """The same components with one mean for all positions, which weights can express."""
+        return replace(self, means=self.means.shared())
+
     def directions_on(self, model: TransformerBridge) -> dict[str, Directions]:
         """Directions of these components, by site, where the model at hand has its weights.
 

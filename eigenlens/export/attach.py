@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from eigenlens.export.plain import Place, bridge_around, place_of, places
 from eigenlens.freezing import Edit, SiteEdit, site_edits
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.matrices import WeightMatrix
 from eigenlens.positions import PositionTracker
 
 
@@ -47,13 +46,7 @@ class Attachment(Edit):
 
     def __init__(self, model: nn.Module, frozen: FrozenSet) -> None:
         super().__init__(model, frozen)
-        bridge = bridge_around(model)
-        known = places(bridge)
-        edits = site_edits(bridge, frozen).values()
-        found = [(edit, edit.directions.site.find(bridge)) for edit in edits]
-        self._edits = [
-            PlainEdit.of(edit, matrix, place_of(matrix, known)) for edit, matrix in found
-        ]
+        self._edits = plain_edits(model, frozen)
 
     def __enter__(self) -> "Attachment":
         return self if self._undo else self.apply()
@@ -61,6 +54,20 @@ class Attachment(Edit):
     def _hooks(self, tracker: PositionTracker) -> Iterator[Callable[[], None]]:
         for edit in self._edits:
             yield edit.attach(self._model, tracker)
+
+
+def plain_edits(model: nn.Module, frozen: FrozenSet) -> list["PlainEdit"]:
+    """The edits that make up ``frozen``, where a plain model has them.
+
+    Raises:
+        WrongModelError, ValueError, UnsupportedModelError: as :func:`attach`.
+    """
+    bridge = bridge_around(model)
+    known = places(bridge)
+    return [
+        PlainEdit.of(edit, place_of(edit.directions.site.find(bridge), known), model)
+        for edit in site_edits(bridge, frozen).values()
+    ]
 
 
 @dataclass(frozen=True)
@@ -79,14 +86,13 @@ class PlainEdit:
     through: Float[Tensor, "k all_out"] | None = None
 
     @classmethod
-    def of(cls, edit: SiteEdit, matrix: WeightMatrix, place: Place) -> "PlainEdit":
+    def of(cls, edit: SiteEdit, place: Place, model: nn.Module) -> "PlainEdit":
         """The edit of a bridge's activation where the plain model has it."""
-        through = None
-        if place.features is not None and edit.directions.site.side == "in":
-            write = edit.directions.write
-            assert write is not None
-            through = write[0] @ matrix.flat_weight.detach().to(write.dtype)
-        return cls(edit, place, through)
+        if place.features is None or edit.directions.site.side == "out":
+            return cls(edit, place)
+        write = edit.directions.write
+        assert write is not None
+        return cls(edit, place, write[0] @ place.weight(model).to(write))
 
     def attach(self, model: nn.Module, tracker: PositionTracker) -> Callable[[], None]:
         """Put the hook on; the function returned takes it off."""

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.factories.architecture_adapter_factory import (
     SUPPORTED_ARCHITECTURES,
@@ -43,6 +43,28 @@ class Place:
     module: str
     features: Int[Tensor, " all_out"] | None = None
 
+    def weight(self, model: nn.Module) -> Float[Tensor, "all_in all_out"]:
+        """Its weight in the plain model, ``x @ W`` orientation."""
+        module = model.get_submodule(self.module)
+        weight = _parameter(module, "weight")
+        assert weight is not None
+        return self._part(weight if isinstance(module, Conv1D) else weight.T)
+
+    def bias(self, model: nn.Module) -> Float[Tensor, " all_out"] | None:
+        """Its bias in the plain model, if there is one."""
+        bias = _parameter(model.get_submodule(self.module), "bias")
+        return None if bias is None else self._part(bias)
+
+    def _part(self, value: Tensor) -> Tensor:
+        if self.features is None:
+            return value
+        return value.index_select(-1, self.features.to(value.device))
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    value = getattr(module, name)
+    return value.detach() if isinstance(value, Tensor) else None
+
 
 def bridge_around(model: nn.Module) -> TransformerBridge:
     """A bridge of the same weights, which are not copied, that leaves the plain model alone.
@@ -63,7 +85,7 @@ def bridge_around(model: nn.Module) -> TransformerBridge:
             f"This {type(model).__name__} holds an adapter of peft or belongs to a bridge: give "
             "the plain model."
         )
-    copy = _sharing_copy(model)
+    copy = sharing_copy(model)
     known = (c.__name__ for c in type(model).__mro__ if c.__name__ in SUPPORTED_ARCHITECTURES)
     copy.config.architectures = [name := next(known, type(model).__name__)]
     check_architecture(copy.config)
@@ -76,7 +98,7 @@ def bridge_around(model: nn.Module) -> TransformerBridge:
         return TransformerBridge(copy, adapter, None)
 
 
-def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Modules of its own around the same numbers."""
     shared: dict[int, object] = {}
     for parameter in model.parameters():
@@ -142,12 +164,14 @@ def _split_places(
     start = 0
     try:
         for name, linear in linears.items():
-            is_conv = isinstance(linear, Conv1D)
-            n_out = linear.weight.shape[1 if is_conv else 0]
+            rows, columns = linear.weight.shape
+            n_out = columns if isinstance(linear, Conv1D) else rows
             number = torch.arange(start, start + n_out, dtype=torch.float64)
-            filled = number.expand(linear.weight.T.shape if not is_conv else linear.weight.shape)
-            stored = (filled if is_conv else filled.T).contiguous()
-            linear.weight = nn.Parameter(stored, requires_grad=False)
+            if not isinstance(linear, Conv1D):
+                number = number[:, None]
+            linear.weight = nn.Parameter(
+                number.expand(rows, columns).contiguous(), requires_grad=False
+            )
             names += [name] * n_out
             start += n_out
         with torch.random.fork_rng(devices=[]):

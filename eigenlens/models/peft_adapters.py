@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ def merged_folder(folder: Path, base: str, dtype: torch.dtype) -> PreTrainedMode
         FileFormatError: files are damaged, or the adapter does not fit the base model.
         ImportError: peft is not installed.
     """
-    peft = _peft()
+    peft = import_peft("Merging an adapter")
     for file in sorted(folder.glob("adapter_model.*")):
         check_file(file)
     model = _base_model(base, dtype)
@@ -98,12 +99,17 @@ def merged(model: nn.Module) -> PreTrainedModel:
     return merge(safe_merge=True)
 
 
-def _peft():
+def import_peft(purpose: str) -> ModuleType:
+    """The package peft.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import peft
     except ImportError as error:
         raise ImportError(
-            "Merging an adapter needs peft, which is not installed: pip install 'eigenlens[peft]'."
+            f"{purpose} needs peft, which is not installed: pip install 'eigenlens[peft]'."
         ) from error
     return peft
 
