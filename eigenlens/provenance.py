@@ -7,7 +7,7 @@ once, and again only where an operation of PyTorch has changed one.
 """
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from eigenlens.inputs import check_data, check_model
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
 _PACKAGES = ("eigenlens", "torch", "transformers", "transformer-lens", "numpy")
 
 
@@ -72,6 +73,30 @@ def versions() -> dict[str, str]:
 def tensor_hash(tensor: Tensor) -> str:
     """xxh3-128 of a tensor's dtype, shape and bytes."""
     return _hash([("", tensor)])
+
+
+def rounded_hashes(hashed: Callable[[torch.dtype], str], own: torch.dtype) -> dict[str, str]:
+    """Hashes of weights as they are and rounded to each coarser type, their own type first.
+
+    Args:
+        hashed: of the weights in a type.
+        own: their type.
+    """
+    coarser = [dtype for dtype in _ROUNDED if dtype.itemsize < own.itemsize]
+    return {_type_name(dtype): hashed(dtype) for dtype in (own, *coarser)}
+
+
+def same_when_rounded(
+    recorded: Mapping[str, str], hashed: Callable[[torch.dtype], str], own: torch.dtype
+) -> bool:
+    """Whether weights are those of :func:`rounded_hashes`, in the coarser type of the two."""
+    made = getattr(torch, next(iter(recorded)))
+    coarser = made if made.itemsize < own.itemsize else own
+    return recorded.get(_type_name(coarser)) == hashed(coarser)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def text_hash(lines: Iterable[Any]) -> str:

@@ -7,15 +7,13 @@ alone.
 
 import os
 import re
-from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eigenlens.export.low_rank import check_shared, low_rank_changes
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.models.peft_adapters import import_peft
+from eigenlens.models.peft_adapters import import_peft, write_adapter
 
 
 def to_lora(model: nn.Module, frozen: FrozenSet, folder: str | os.PathLike[str]) -> None:
@@ -56,10 +54,4 @@ def to_lora(model: nn.Module, frozen: FrozenSet, folder: str | os.PathLike[str])
         fan_in_fan_out=all(isinstance(model.get_submodule(path), Conv1D) for path in changes),
         inference_mode=True,
     )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(os.fspath(folder))
-    safetensors.torch.save_file(
-        {name: value.cpu().contiguous() for name, value in tensors.items()},
-        Path(folder) / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    write_adapter(config, tensors, folder)

@@ -1,14 +1,17 @@
 """Adapters of peft: found beside or in place of a base model, and merged into it when asked."""
 
 import json
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eigenlens.files import FileFormatError
@@ -140,3 +143,16 @@ def _without_adapter(base: str) -> Iterator[str]:
             if not file.name.startswith("adapter_"):
                 (Path(temporary) / file.name).symlink_to(file.resolve())
         yield temporary
+
+
+def write_adapter(
+    config: Any, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]
+) -> None:
+    """Write a peft configuration and the tensors of its adapter, as peft names them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(os.fspath(folder))
+    safetensors.torch.save_file(
+        {name: value.cpu().contiguous() for name, value in tensors.items()},
+        Path(folder) / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
