@@ -70,7 +70,7 @@ def decompose(
         raise ValueError("basis='pca' needs data=, and no other basis takes any.")
     makers = _makers(model, matrices, layers, basis, data, seed, _DTYPES.get(dtype or ""), cache)
     bar = tqdm(makers, desc="decompose", unit="matrix", disable=not progress)
-    spectra = Spectra([make() for make in bar], Provenance.of(model), basis, seed)
+    spectra = Spectra([make() for make in bar], Provenance.of(model, for_edits=True), basis, seed)
     if cache:
         disk.trim()
     return spectra

@@ -64,13 +64,15 @@ class SiteEdit:
         return formula(h, self.directions, mean, self.strength)
 
 
-def site_edits(model: TransformerBridge, frozen: FrozenSet) -> dict[str, SiteEdit]:
+def site_edits(
+    model: TransformerBridge, frozen: FrozenSet, *, allow_dtype: bool = False
+) -> dict[str, SiteEdit]:
     """The edits that make up ``frozen``, by site, each where ``model`` has the weight.
 
     Raises:
         WrongModelError: ``frozen`` belongs to other weights.
     """
-    directions = frozen.directions_on(model)
+    directions = frozen.directions_on(model, allow_dtype=allow_dtype)
     edits = {}
     for name, rows in by_matrix(frozen.components).items():
         like = directions[name].write
@@ -140,10 +142,15 @@ class Freeze(Edit):
     )
 
     def __init__(
-        self, model: TransformerBridge, frozen: FrozenSet, *, bias_only: bool = False
+        self,
+        model: TransformerBridge,
+        frozen: FrozenSet,
+        *,
+        bias_only: bool = False,
+        allow_dtype: bool = False,
     ) -> None:
         super().__init__(model, frozen)
-        self._edits = list(site_edits(model, frozen).values())
+        self._edits = list(site_edits(model, frozen, allow_dtype=allow_dtype).values())
         if bias_only:
             self._edits = [edit.bias_only(model) for edit in self._edits]
 
@@ -156,7 +163,13 @@ class Freeze(Edit):
             yield add_hook(self._model.hook_dict[edit.directions.site.hook], hook)
 
 
-def freeze(model: TransformerBridge, frozen: FrozenSet, *, permanent: bool = False) -> Freeze:
+def freeze(
+    model: TransformerBridge,
+    frozen: FrozenSet,
+    *,
+    permanent: bool = False,
+    allow_dtype: bool = False,
+) -> Freeze:
     """Freeze components of a model.
 
     ``with freeze(model, frozen): …`` edits the model inside the block and restores it afterwards,
@@ -167,9 +180,11 @@ def freeze(model: TransformerBridge, frozen: FrozenSet, *, permanent: bool = Fal
         model: the model that ``frozen`` was made for, or another object with the same weights.
         frozen: components, strengths and mean coordinates.
         permanent: apply now.
+        allow_dtype: the model may hold the same weights in another type, such as bfloat16, compared
+            as rounded to the coarser one; needs the directions, and a new evaluation.
 
     Raises:
         WrongModelError: ``frozen`` belongs to other weights.
     """
-    edit = Freeze(model, frozen)
+    edit = Freeze(model, frozen, allow_dtype=allow_dtype)
     return edit.apply() if permanent else edit

@@ -20,6 +20,7 @@ from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
 
 from eigenlens.inputs import check_data, check_model
 
@@ -40,6 +41,8 @@ class Provenance(BaseModel):
     task_hash: str | None = None
     seed: int | None = None
     versions: dict[str, str]
+    rounded: dict[str, str] | None = None
+    tokenizer: str | None = None
 
     @classmethod
     def of(
@@ -49,13 +52,24 @@ class Provenance(BaseModel):
         task: str | None = None,
         task_hash: str | None = None,
         seed: int | None = None,
+        for_edits: bool = False,
     ) -> "Provenance":
         """Record the model at hand and the versions that are running.
+
+        Args:
+            model: a bridge.
+            task: its name.
+            task_hash: over its examples.
+            seed: of what is random.
+            for_edits: record hashes of the weights rounded to coarser types and of the tokenizer,
+                too, which tell whether an edit fits a copy of the model.
 
         Raises:
             ValueError: the model is no ``TransformerBridge``.
         """
         return cls(
+            rounded=rounded_hashes(*hashed_model(model)) if for_edits else None,
+            tokenizer=tokenizer_hash(model.tokenizer) if for_edits and model.tokenizer else None,
             model_fingerprint=model_fingerprint(model),
             model=str(getattr(model.cfg, "model_name", "") or "unnamed"),
             task=task,
@@ -93,6 +107,26 @@ def same_when_rounded(
     made = getattr(torch, next(iter(recorded)))
     coarser = made if made.itemsize < own.itemsize else own
     return recorded.get(_type_name(coarser)) == hashed(coarser)
+
+
+def hashed_model(model: nn.Module) -> tuple[Callable[[torch.dtype], str], torch.dtype]:
+    """Hash of every parameter of a model in any type, and its own type."""
+
+    def hashed(dtype: torch.dtype) -> str:
+        return _hash((name, p.detach().to(dtype)) for name, p in sorted(model.named_parameters()))
+
+    return hashed, next(model.parameters()).dtype
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the tokens of a tokenizer and their ids, without those that were added later."""
+    vocabulary = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    words = (
+        tokenizer.get_vocab()
+        if vocabulary is tokenizer
+        else vocabulary.get_vocab(with_added_tokens=False)
+    )
+    return text_hash(sorted(words.items(), key=lambda word: word[1]))
 
 
 def _type_name(dtype: torch.dtype) -> str:

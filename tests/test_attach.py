@@ -1,10 +1,13 @@
 """Edits attached to plain transformers models, against the same edits on a bridge."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers as tf
 from test_freezing import frozen_half
-from tiny_models import FAMILIES, MIXED
+from tiny_models import FAMILIES, MIXED, word_tokenizer
+from tokenizers import models
 
 import eigenlens as el
 from eigenlens.frozen_set import WrongModelError
@@ -210,3 +213,50 @@ def test_attaching_disturbs_nothing(edited):
         model(LONG).logits.sum().backward()
     assert model.transformer.wte.weight.grad is not None
     model.zero_grad()
+
+
+def test_another_dtype_of_the_same_weights_only_if_asked(tiny_folder, tmp_path):
+    """float32 and bfloat16 copies of one file, both ways; compared as rounded."""
+    for made, used in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        bridge = el.load_model(tiny_folder("llama"), dtype=made, device="cpu")
+        frozen = frozen_half(bridge)
+        path = tmp_path / f"{made}.safetensors"
+        frozen.save(path, directions=True)
+        other = el.load_model(tiny_folder("llama"), dtype=used, device="cpu")
+        model = plain(tiny_folder("llama"), used)
+        with pytest.raises(WrongModelError, match=r"made for these weights in .*allow_dtype=True"):
+            el.freeze(other, frozen)
+        with pytest.raises(WrongModelError, match=r"made for these weights in .*allow_dtype=True"):
+            el.attach(model, frozen)
+        again = el.FrozenSet.load(path, other, allow_dtype=True)
+        with torch.no_grad():
+            before = other(LONG)
+            with el.freeze(bridge, frozen):
+                wanted = bridge(LONG)
+            with el.freeze(other, again, allow_dtype=True):
+                frozen_logits = other(LONG)
+            with el.attach(model, again, allow_dtype=True):
+                found = model(LONG).logits
+        spread = wanted.std()
+        assert (
+            (frozen_logits - wanted).abs().mean() < 0.05 * spread < (before - wanted).abs().mean()
+        )
+        assert (found - wanted).abs().mean() < 0.05 * spread
+        other.blocks[0].attn.q.original_component.weight.data[0, 0] += 0.1
+        with pytest.raises(WrongModelError, match="other weights"):
+            el.freeze(other, again, allow_dtype=True)
+        without = dataclasses.replace(frozen, spectra=None)
+        with pytest.raises(ValueError, match="save this FrozenSet with directions=True"):
+            el.attach(model, without, allow_dtype=True)
+
+
+def test_another_tokenizers_ids_are_refused(edited):
+    _, model, frozen = edited("llama")
+    el.attach(model, frozen, tokenizer=word_tokenizer()).undo()
+    core = word_tokenizer().backend_tokenizer
+    words = core.get_vocab()
+    words["+"], words["x"] = words["x"], words["+"]
+    core.model = models.WordLevel(words, unk_token="?")
+    other = tf.PreTrainedTokenizerFast(tokenizer_object=core)
+    with pytest.raises(WrongModelError, match="tokens have other ids"):
+        el.attach(model, frozen, tokenizer=other)

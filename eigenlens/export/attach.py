@@ -13,6 +13,7 @@ from typing import Any
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from eigenlens.export.plain import Place, bridge_around, place_of, places
 from eigenlens.freezing import Edit, SiteEdit, site_edits
@@ -20,7 +21,13 @@ from eigenlens.frozen_set import FrozenSet
 from eigenlens.positions import PositionTracker
 
 
-def attach(model: nn.Module, frozen: FrozenSet) -> "Attachment":
+def attach(
+    model: nn.Module,
+    frozen: FrozenSet,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    allow_dtype: bool = False,
+) -> "Attachment":
     """Put an edit on a plain transformers model, until ``undo()`` or the end of a ``with`` block.
 
     ``generate`` counts positions from the end of the prompt in whatever way it decodes. A pass over
@@ -30,13 +37,17 @@ def attach(model: nn.Module, frozen: FrozenSet) -> "Attachment":
         model: a causal language model of transformers, with the weights that ``frozen`` was made
             for.
         frozen: components, strengths and mean coordinates.
+        tokenizer: refuse it unless its tokens are those that ``frozen`` was made with.
+        allow_dtype: as for :func:`eigenlens.freeze`.
 
     Raises:
-        WrongModelError: ``frozen`` belongs to other weights.
+        WrongModelError: ``frozen`` belongs to other weights, or to another tokenizer.
         ValueError: no plain model of transformers.
         UnsupportedModelError: TransformerLens has no bridge for it.
     """
-    return Attachment(model, frozen).apply()
+    if tokenizer is not None:
+        frozen.check_tokenizer(tokenizer)
+    return Attachment(model, frozen, allow_dtype=allow_dtype).apply()
 
 
 class Attachment(Edit):
@@ -44,9 +55,9 @@ class Attachment(Edit):
 
     _hint = "Call apply()"
 
-    def __init__(self, model: nn.Module, frozen: FrozenSet) -> None:
+    def __init__(self, model: nn.Module, frozen: FrozenSet, *, allow_dtype: bool = False) -> None:
         super().__init__(model, frozen)
-        self._edits = plain_edits(model, frozen)
+        self._edits = plain_edits(model, frozen, allow_dtype=allow_dtype)
 
     def __enter__(self) -> "Attachment":
         return self if self._undo else self.apply()
@@ -56,7 +67,9 @@ class Attachment(Edit):
             yield edit.attach(self._model, tracker)
 
 
-def plain_edits(model: nn.Module, frozen: FrozenSet) -> list["PlainEdit"]:
+def plain_edits(
+    model: nn.Module, frozen: FrozenSet, *, allow_dtype: bool = False
+) -> list["PlainEdit"]:
     """The edits that make up ``frozen``, where a plain model has them.
 
     Raises:
@@ -66,7 +79,7 @@ def plain_edits(model: nn.Module, frozen: FrozenSet) -> list["PlainEdit"]:
     known = places(bridge)
     return [
         PlainEdit.of(edit, place_of(edit.directions.site.find(bridge), known), model)
-        for edit in site_edits(bridge, frozen).values()
+        for edit in site_edits(bridge, frozen, allow_dtype=allow_dtype).values()
     ]
 
 
