@@ -1,93 +1,23 @@
 """The command line: ``eigenlens run``, ``report``, ``experiment``, ``figures`` and more."""
 
-import datetime
 import inspect
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+
+from eigenlens import cli_edits
+from eigenlens.cli_output import clear_errors, console, say
+from eigenlens.cli_values import expanded, pairs, split
 
 app = typer.Typer(
     help="Find, freeze and explain the singular directions of transformer weights.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-# What is printed comes from outside: prompts, paths and names are no markup and no emoji codes.
-console = Console(markup=False, emoji=False)
-errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
-
-
-def _say(text: str) -> None:
-    """Print a text as it is, without line breaks in its paths."""
-    console.print(text, soft_wrap=True)
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn what a user can mend into one sentence and exit code 2."""
-    from transformers.utils import logging as transformers_logging
-
-    from eigenlens.plots.export import StaticExportError
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except (ValueError, FileNotFoundError, StaticExportError) as error:
-        errors.print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
-        raise typer.Exit(2) from error
-
-
-def _pairs(values: list[str], option: str) -> dict[str, Any]:
-    """``key=value`` pairs by key."""
-    pairs = {}
-    for text in values:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{option} {text!r} is not of the form key=value.")
-        if not value.strip():
-            raise ValueError(f"{option} {text!r} gives no value; write null for none.")
-        pairs[key] = _value(value)
-    return pairs
-
-
-def _value(text: str) -> Any:
-    """A number, truth value, null, list or mapping written as YAML; all else is text as it is.
-
-    So is what YAML would read as something else by surprise: ``~`` and comments (nothing), dates,
-    and the names of files that begin with a sign.
-    """
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        return text
-    if isinstance(value, str):
-        return value if text.lstrip()[0] in "'\"" else text
-    if value is None:
-        return None if text.strip().lower() == "null" else text
-    return text if isinstance(value, datetime.date) else value
-
-
-def _expanded(path: Path | None) -> Path | None:
-    """``~`` is the home folder, also after an equals sign, where shells leave it alone."""
-    return None if path is None else Path(os.path.expanduser(path))
-
-
-def _split(text: str | None, kind: type = str) -> tuple[Any, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise ValueError(f"{text!r} is not a comma-separated list of numbers.") from error
+for command in (cli_edits.apply, cli_edits.evaluate, cli_edits.export):
+    app.command()(command)
 
 
 @app.command()
@@ -138,25 +68,25 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split and of resampling.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file; options override it.", callback=_expanded)
+        Path | None, typer.Option(help="YAML file; options override it.", callback=expanded)
     ] = None,
     out: Annotated[
         Path,
-        typer.Option(help="Run folder; a run that was interrupted goes on.", callback=_expanded),
+        typer.Option(help="Run folder; a run that was interrupted goes on.", callback=expanded),
     ] = Path("runs/run"),
 ) -> None:
     """Score, search, freeze, and measure a task before and after."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens import pipeline
 
         given: dict[str, Any] = {
             "model": model,
             "task": task,
-            "task_args": _pairs(task_arg, "--task-arg") if task_arg else None,
-            "matrices": _split(matrices),
-            "layers": _split(layers, int),
+            "task_args": pairs(task_arg, "--task-arg") if task_arg else None,
+            "matrices": split(matrices),
+            "layers": split(layers, int),
             "search": search,
-            "search_args": _pairs(search_arg, "--search-arg") if search_arg else None,
+            "search_args": pairs(search_arg, "--search-arg") if search_arg else None,
             "protect": {name: {} for name in protect} if protect else None,
             "protect_bound": protect_bound,
             "refine": refine,
@@ -174,9 +104,9 @@ def run(
         if fraction is not None:
             if search not in (None, "one_shot"):
                 raise ValueError(f"--fraction is for one_shot, not for --search {search}.")
-            shares = {"fractions": list(_split(fraction, float) or ()), "or_nothing": False}
+            shares = {"fractions": list(split(fraction, float) or ()), "or_nothing": False}
             options["search"] = "one_shot"
-            options["search_args"] = {**shares, **_pairs(search_arg or [], "--search-arg")}
+            options["search_args"] = {**shares, **pairs(search_arg or [], "--search-arg")}
         base: dict[str, Any] = {}
         if config is not None:
             base = pipeline.EigenpruneConfig.from_yaml(config).model_dump(mode="json")
@@ -191,7 +121,7 @@ def run(
         result = pipeline.run(settings, out)
         _draw(result, out)
         console.print(_before_and_after(result))
-        _say(f"Run folder: {out}")
+        say(f"Run folder: {out}")
 
 
 def _draw(result: Any, out: Path) -> None:
@@ -253,7 +183,7 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete everything.")] = False,
 ) -> None:
     """List what is kept on disk: decompositions and dequantised models."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens import cache as disk
         from eigenlens.files import cache_dir
 
@@ -263,9 +193,9 @@ def cache(
             sizes = [entry.size for entry in entries if entry.kind == kind]
             table.add_row(kind, f"{len(sizes):,}", f"{sum(sizes) / 1e6:,.1f}")
         console.print(table)
-        _say(f"{cache_dir()}; decompositions may take {disk.LIMIT_GB:g} GB, the oldest go first.")
+        say(f"{cache_dir()}; decompositions may take {disk.LIMIT_GB:g} GB, the oldest go first.")
         if clear:
-            _say(f"Freed {disk.clear() / 1e6:,.1f} MB.")
+            say(f"Freed {disk.clear() / 1e6:,.1f} MB.")
 
 
 @app.command()
@@ -277,21 +207,21 @@ def experiment(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file in place of the study's own, where it has one.", callback=_expanded
+            help="YAML file in place of the study's own, where it has one.", callback=expanded
         ),
     ] = None,
     parts: Annotated[
         Path,
         typer.Option(
-            help="Folder of finished parts: an interrupted study goes on.", callback=_expanded
+            help="Folder of finished parts: an interrupted study goes on.", callback=expanded
         ),
     ] = Path("runs/experiments"),
     out: Annotated[
-        Path, typer.Option(help="Folder for table, page and figure.", callback=_expanded)
+        Path, typer.Option(help="Folder for table, page and figure.", callback=expanded)
     ] = Path("figures"),
 ) -> None:
     """Run a study: writes a table, a page and a figure."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens.paper.studies import EXPERIMENTS
         from eigenlens.paper.studies.figures import write_index
 
@@ -313,15 +243,15 @@ def experiment(
         result = study(**options)
         result.save(out)
         write_index(out)
-        _say(result.summary.to_markdown(index=False))
-        _say(f"Written to {out}/{name}.*")
+        say(result.summary.to_markdown(index=False))
+        say(f"Written to {out}/{name}.*")
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder of `eigenlens run`.", callback=_expanded)],
+    run: Annotated[Path, typer.Argument(help="Run folder of `eigenlens run`.", callback=expanded)],
     out: Annotated[
-        Path | None, typer.Option(help="Default: report.html in the folder.", callback=_expanded)
+        Path | None, typer.Option(help="Default: report.html in the folder.", callback=expanded)
     ] = None,
     circuit: Annotated[
         bool,
@@ -329,10 +259,10 @@ def report(
     ] = True,
 ) -> None:
     """Write one self-contained HTML page that explains a finished run."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens.report import write_report
 
-        _say(f"Report: {write_report(run, out, inside=circuit)}")
+        say(f"Report: {write_report(run, out, inside=circuit)}")
 
 
 @app.command()
@@ -344,16 +274,16 @@ def figures(
         list[str] | None, typer.Option("--format", help="svg, pdf, png, html (default: all).")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder of tables, pages and figures.", callback=_expanded)
+        Path, typer.Option(help="Folder of tables, pages and figures.", callback=expanded)
     ] = Path("figures"),
 ) -> None:
     """Draw the figures of the studies again from their stored tables."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens.paper.studies.figures import redraw
         from eigenlens.plots.export import FORMATS
 
         for result in redraw(out, names or (), formats or FORMATS):
-            _say(f"Drawn: {out}/{result.name}.*")
+            say(f"Drawn: {out}/{result.name}.*")
 
 
 @app.command()
@@ -366,12 +296,10 @@ def bench(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per pass.")] = 50,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats.", min=1)] = 5,
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file to write.", callback=_expanded)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.", callback=expanded)] = None,
 ) -> None:
     """Time a scoring pass against an ordinary training step."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens.bench import benchmark
         from eigenlens.files import write_json
         from eigenlens.models import load_model
@@ -379,7 +307,7 @@ def bench(
 
         loaded = load_model(model)
         arguments = {"low": 10, "high": 30, "n_train": 300, "n_validation": 50, "n_test": 50}
-        arguments |= _pairs(task_arg or [], "--task-arg")
+        arguments |= pairs(task_arg or [], "--task-arg")
         task = load_task("int_add", loaded.tokenizer, **arguments)
         found = benchmark(loaded, task, batch_size=batch_size, repeats=repeats)
         table = Table("", "median seconds", "of a training step")

@@ -8,6 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from eigenlens import cli, models
+from eigenlens.cli_output import clear_errors
+from eigenlens.cli_values import pairs
 from eigenlens.models import KnownModel
 from eigenlens.plots.export import StaticExportError
 
@@ -31,7 +33,7 @@ def write_rows(path, *rows):
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, StaticExportError])
 def test_errors_are_printed_to_the_letter(kind, capsys):
-    with pytest.raises(typer.Exit), cli._clear_errors():
+    with pytest.raises(typer.Exit), clear_errors():
         raise kind(NASTY)
     assert capsys.readouterr().err == f"Error: {NASTY}\n"
 
@@ -80,7 +82,7 @@ def test_tables_show_brackets(monkeypatch):
     ],
 )
 def test_values_that_are_no_yaml_are_texts(text):
-    assert cli._pairs([f"key={text}"], "--task-arg") == {"key": text}
+    assert pairs([f"key={text}"], "--task-arg") == {"key": text}
 
 
 @pytest.mark.parametrize(
@@ -91,13 +93,13 @@ def test_values_that_are_no_yaml_are_texts(text):
     ],
 )
 def test_values_that_are_yaml(text, value):
-    assert cli._pairs([f"key={text}"], "--task-arg") == {"key": value}
+    assert pairs([f"key={text}"], "--task-arg") == {"key": value}
 
 
 @pytest.mark.parametrize("text", ["key=", "key= ", "key", "=1"])
 def test_values_that_are_missing(text):
     with pytest.raises(ValueError, match=r"--task-arg '.*' (gives no value|is not of the form)"):
-        cli._pairs([text], "--task-arg")
+        pairs([text], "--task-arg")
 
 
 def test_the_home_folder_is_known_everywhere(home):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from eigenlens.errors import MissingPackageError
 from eigenlens.files import FileFormatError
 from eigenlens.models.weight_files import check_file, check_folder, check_loaded
 from eigenlens.models.wording import listed, reason
@@ -106,12 +107,12 @@ def import_peft(purpose: str) -> ModuleType:
     """The package peft.
 
     Raises:
-        ImportError: it is not installed.
+        MissingPackageError: it is not installed.
     """
     try:
         import peft
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"{purpose} needs peft, which is not installed: pip install 'eigenlens[peft]'."
         ) from error
     return peft
