@@ -6,6 +6,7 @@ import sys
 
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 from test_attach import LONG, TOKENS, generate, plain
@@ -15,6 +16,10 @@ from tiny_models import EQUAL, FAMILIES, MIXED
 import eigenlens as el
 from eigenlens.export.low_rank import low_rank_changes
 from eigenlens.matrices import UnsupportedModelError
+from eigenlens.metrics import answer_logits
+from eigenlens.peft import to_peft
+from eigenlens.positions import prompt_ends_at
+from eigenlens.tasks import make_batches
 
 WITHOUT_BIASES = ("phi3", "mistral")
 # The maps that can have one, of families where some cannot.
@@ -35,6 +40,67 @@ def attenuated(model, matrices=None):
 def attached(model, frozen):
     with torch.no_grad(), el.attach(model, frozen):
         return model(TOKENS).logits
+
+
+def answers(model, batches):
+    """What a plain model, or one of peft, chooses at the answer's positions of each example."""
+    chosen = {}
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    for batch in batches:
+        mask = batch.attention_mask.long()
+        where = (mask.cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad(), prompt_ends_at(base, batch.n_prompt):
+            out = model(input_ids=batch.tokens, attention_mask=mask, position_ids=where)
+        best = out.logits[:, batch.n_prompt - 1 :].argmax(-1)
+        for row, index in enumerate(batch.indices):
+            chosen[index] = best[row][batch.answer_mask[row]].tolist()
+    return [chosen[index] for index in range(len(chosen))]
+
+
+def bridge_answers(bridge, frozen, batches):
+    """The same on a bridge with the edit."""
+    chosen = {}
+    for batch in batches:
+        with torch.no_grad(), el.freeze(bridge, frozen):
+            best = answer_logits(bridge, batch).argmax(-1)
+        for row, index in enumerate(batch.indices):
+            chosen[index] = best[row][batch.answer_mask[row]].tolist()
+    return [chosen[index] for index in range(len(chosen))]
+
+
+def check_same_answers_everywhere(load, bridge, frozen, data, folder):
+    """Bridge, hooks and peft under means by position; weights and LoRA besides, under shared ones.
+
+    ``load`` makes the plain model anew, from its own folder or a given one.
+    """
+    batches = make_batches(data, bridge, 5)
+    base = load()
+    to_peft(base, frozen, folder / "peft")
+    ways = {"peft": peft.PeftModel.from_pretrained(load(), folder / "peft").eval()}
+    with el.attach(base, frozen):
+        found = {"attached": answers(base, batches)}
+    found |= {way: answers(model, batches) for way, model in ways.items()}
+    wanted = bridge_answers(bridge, frozen, batches)
+    assert wanted != answers(base, batches)
+    assert found == dict.fromkeys(found, wanted)
+    shared = frozen.shared()
+    el.bake(base, shared, folder / "baked")
+    el.to_lora(base, shared, folder / "lora")
+    models = [load(folder / "baked"), peft.PeftModel.from_pretrained(load(), folder / "lora")]
+    wanted = bridge_answers(bridge, shared, batches)
+    assert [answers(model.eval(), batches) for model in models] == [wanted, wanted]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_an_edit_gives_the_same_answers_wherever_it_lives(tiny, tiny_folder, tmp_path, family):
+    source = tiny_folder(family)
+    check_same_answers_everywhere(
+        lambda folder=source: plain(folder),
+        tiny(family),
+        frozen_half(tiny(family), MIXED),
+        MIXED,
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITHOUT_BIASES])

@@ -78,7 +78,7 @@ def plain_edits(
     bridge = bridge_around(model)
     known = places(bridge)
     return [
-        PlainEdit.of(edit, place_of(edit.directions.site.find(bridge), known), model)
+        PlainEdit.of(edit, place_of(edit.directions.site.find(bridge), known, model), model)
         for edit in site_edits(bridge, frozen, allow_dtype=allow_dtype).values()
     ]
 

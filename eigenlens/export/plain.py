@@ -121,18 +121,19 @@ def places(model: TransformerBridge) -> dict[nn.Module, Place]:
     return found
 
 
-def place_of(matrix: WeightMatrix, known: dict[nn.Module, Place]) -> Place:
-    """Where one map lies.
+def place_of(matrix: WeightMatrix, known: dict[nn.Module, Place], model: nn.Module) -> Place:
+    """Where one map of a bridge lies in the plain ``model`` that it stands around.
 
     Raises:
         UnsupportedModelError: TransformerLens makes it from others in a way of its own.
     """
-    if matrix.module not in known:
+    place = known.get(matrix.module)
+    if place is None or not torch.equal(place.weight(model), matrix.flat_weight):
         raise UnsupportedModelError(
             f"{matrix.name} is no linear map of the plain transformers model: its edit lives in "
             "TransformerLens only."
         )
-    return known[matrix.module]
+    return place
 
 
 def _plain_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:
