@@ -1,6 +1,7 @@
 from . import baselines as baselines
 from . import cache as cache
 from . import monitors as monitors
+from . import peft as peft
 from . import plots as plots
 from . import report as report
 from .activations import ActivationChange as ActivationChange

@@ -76,7 +76,8 @@ def apply(
         rows = list(zip(prompts, before, after, strict=True))
         if as_json:
             names = ("prompt", "before", "after")
-            print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2))
+            texts = [dict(zip(names, row, strict=True)) for row in rows]
+            print(json.dumps(texts, indent=2, ensure_ascii=False))
             return
         table = Table("prompt", "before", "after", show_lines=True)
         for row in rows:

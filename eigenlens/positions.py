@@ -64,7 +64,12 @@ class PositionTracker:
         prompt_end = self._prompt_end
         if prompt_end is None or not (self._held or past):
             prompt_end = self._prompt_end = _prompt_end(given.get("attention_mask"), end)
-        self.positions = torch.arange(n_pos, device=inputs.device) + (past - prompt_end)
+        columns = torch.arange(n_pos, device=inputs.device) + _on(inputs.device, past)
+        self.positions = columns - _on(inputs.device, prompt_end)
+
+
+def _on(device: torch.device, number: PromptEnd) -> PromptEnd:
+    return number.to(device) if isinstance(number, Tensor) else number
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +114,8 @@ def _start(model: nn.Module) -> PositionTracker:
     tracker = PositionTracker()
     tracker.handle = _core(model).register_forward_pre_hook(tracker.observe, with_kwargs=True)
     for name in _generators(model):
-        setattr(model, name, _as_generation(getattr(model, name), tracker))
+        is_plain = not isinstance(model, TransformerBridge)
+        setattr(model, name, _as_generation(getattr(model, name), tracker, is_plain))
     return tracker
 
 
@@ -121,8 +127,10 @@ def _stop(model: nn.Module) -> None:
         delattr(model, name)
 
 
-def _as_generation(method: Callable[..., Any], tracker: PositionTracker) -> Callable[..., Any]:
-    """Hold the end of the prompt while ``method`` generates."""
+def _as_generation(
+    method: Callable[..., Any], tracker: PositionTracker, is_plain: bool
+) -> Callable[..., Any]:
+    """Hold the end of the prompt while ``method``, of a plain model or a bridge, generates."""
     if inspect.isgeneratorfunction(inspect.unwrap(method)):
 
         @wraps(method)
@@ -134,16 +142,16 @@ def _as_generation(method: Callable[..., Any], tracker: PositionTracker) -> Call
 
     @wraps(method)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        with tracker.holding(_given_end(*args, **kwargs)):
+        with tracker.holding(_given_end(*args, **kwargs) if is_plain else None):
             return method(*args, **kwargs)
 
     return generate
 
 
 def _given_end(inputs: Any = None, *_: Any, **kwargs: Any) -> PromptEnd | None:
-    """Where the prompt ends that a generation is given as tokens.
+    """Where the prompt ends that transformers is given as tokens.
 
-    The first pass does not tell where transformers reads a long prompt in chunks.
+    The first pass does not tell where it reads a long prompt in chunks.
     """
     given = kwargs.get("inputs", kwargs.get("input_ids", inputs))
     if not isinstance(given, Tensor) or given.ndim != 2:

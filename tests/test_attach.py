@@ -138,6 +138,16 @@ def test_scores_of_a_padded_batch_are_the_bridges(edited, family, options):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_guessed_tokens_that_are_taken_back_keep_their_positions(edited):
+    """Prompt look-up verifies several tokens in one pass and drops the wrong ones."""
+    _, model, frozen = edited("llama")
+    prompt = torch.tensor([[8, 3, 9, 3, 20, 6, 8, 3, 9]])
+    with el.attach(model, frozen):
+        wanted = generate(model, prompt, max_new_tokens=12)
+        found = generate(model, prompt, max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert torch.equal(found, wanted)
+
+
 def test_a_cache_by_hand_goes_on_counting_and_a_new_one_begins_again(edited):
     bridge, model, frozen = edited("llama")
     with torch.no_grad(), el.attach(model, frozen):

@@ -164,6 +164,11 @@ def test_without_a_mean_no_bias_is_needed(tiny, tiny_folder, tmp_path):
     with torch.no_grad():
         found = plain(tmp_path)(TOKENS).logits
     torch.testing.assert_close(found, attached(model, frozen), rtol=1e-9, atol=1e-9)
+    el.to_lora(model, frozen, tmp_path / "lora")
+    wanted = attached(model, frozen)
+    merged = peft.PeftModel.from_pretrained(model, tmp_path / "lora").merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(TOKENS).logits, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_the_model_card_tells_what_was_measured(tiny, tiny_folder, tmp_path):

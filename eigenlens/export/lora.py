@@ -36,12 +36,14 @@ def to_lora(model: nn.Module, frozen: FrozenSet, folder: str | os.PathLike[str])
         raise ValueError("This edit freezes nothing: there is no adapter to write.")
     changes = low_rank_changes(model, frozen)
     ranks = {re.escape(path): change.down.shape[1] for path, change in changes.items()}
+    biased = any(bool(change.bias.any()) for change in changes.values())
     tensors: dict[str, Tensor] = {}
     for path, change in changes.items():
         name = f"base_model.model.{path}"
         tensors[f"{name}.lora_A.weight"] = change.down.T
         tensors[f"{name}.lora_B.weight"] = change.up.T
-        tensors[f"{name}.lora_B.bias"] = change.bias
+        if biased:
+            tensors[f"{name}.lora_B.bias"] = change.bias
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=getattr(model, "name_or_path", None),
@@ -50,7 +52,7 @@ def to_lora(model: nn.Module, frozen: FrozenSet, folder: str | os.PathLike[str])
         lora_alpha=max(ranks.values()),
         rank_pattern=ranks,
         alpha_pattern=ranks,  # alpha / r = 1
-        lora_bias=True,
+        lora_bias=biased,
         fan_in_fan_out=all(isinstance(model.get_submodule(path), Conv1D) for path in changes),
         inference_mode=True,
     )
