@@ -1,6 +1,7 @@
 from . import baselines as baselines
 from . import cache as cache
 from . import monitors as monitors
+from . import peft as peft
 from . import plots as plots
 from . import report as report
 from .activations import ActivationChange as ActivationChange
@@ -18,6 +19,9 @@ from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate
 from .evaluation import majority_accuracy as majority_accuracy
 from .evaluation import perplexity as perplexity
+from .export.attach import attach as attach
+from .export.bake import bake as bake
+from .export.lora import to_lora as to_lora
 from .freezing import freeze as freeze
 from .frontiers import Frontier as Frontier
 from .frontiers import frontier as frontier

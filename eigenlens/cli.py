@@ -1,17 +1,14 @@
 """The command line: ``eigenlens run``, ``report``, ``experiment``, ``figures`` and more."""
 
 import inspect
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from eigenlens import cli_edits
+from eigenlens.cli_output import clear_errors, console, errors, say
 from eigenlens.cli_values import expanded, pairs, split
 
 app = typer.Typer(
@@ -19,30 +16,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-# What is printed comes from outside: prompts, paths and names are no markup and no emoji codes.
-console = Console(markup=False, emoji=False)
-errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
-
-
-def _say(text: str) -> None:
-    """Print a text as it is, without line breaks in its paths."""
-    console.print(text, soft_wrap=True)
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn what a user can mend into one sentence and exit code 2."""
-    from transformers.utils import logging as transformers_logging
-
-    from eigenlens.plots.export import StaticExportError
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except (ValueError, FileNotFoundError, StaticExportError) as error:
-        errors.print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
-        raise typer.Exit(2) from error
+for command in (cli_edits.apply, cli_edits.evaluate, cli_edits.export):
+    app.command()(command)
 
 
 @app.command()
@@ -111,7 +86,7 @@ def run(
     ] = Path("runs/run"),
 ) -> None:
     """Score, search, freeze, and measure a task before and after."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens import pipeline
 
         given: dict[str, Any] = {
@@ -159,8 +134,8 @@ def run(
         _draw(result, out)
         console.print(_before_and_after(result))
         for line in result.left_out:
-            _say(line)
-        _say(f"Run folder: {out}")
+            say(line)
+        say(f"Run folder: {out}")
 
 
 def _draw(result: Any, out: Path) -> None:
@@ -220,7 +195,7 @@ def architectures(
     ] = None,
 ) -> None:
     """Try what can be decomposed of every architecture, on tiny random models."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens.architectures import rows, to_json, to_markdown
         from eigenlens.files import write_text
 
@@ -233,7 +208,7 @@ def architectures(
             print(text, end="")
         else:
             write_text(out, text)
-            _say(f"Written to {out}")
+            say(f"Written to {out}")
 
 
 @app.command()
@@ -252,7 +227,7 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete everything.")] = False,
 ) -> None:
     """List what is kept on disk: decompositions and dequantised models."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens import cache as disk
         from eigenlens.files import cache_dir
 
@@ -262,9 +237,9 @@ def cache(
             sizes = [entry.size for entry in entries if entry.kind == kind]
             table.add_row(kind, f"{len(sizes):,}", f"{sum(sizes) / 1e6:,.1f}")
         console.print(table)
-        _say(f"{cache_dir()}; decompositions may take {disk.LIMIT_GB:g} GB, the oldest go first.")
+        say(f"{cache_dir()}; decompositions may take {disk.LIMIT_GB:g} GB, the oldest go first.")
         if clear:
-            _say(f"Freed {disk.clear() / 1e6:,.1f} MB.")
+            say(f"Freed {disk.clear() / 1e6:,.1f} MB.")
 
 
 @app.command()
@@ -290,7 +265,7 @@ def experiment(
     ] = Path("figures"),
 ) -> None:
     """Run a study: writes a table, a page and a figure."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens.paper.studies import EXPERIMENTS
         from eigenlens.paper.studies.figures import write_index
 
@@ -312,8 +287,8 @@ def experiment(
         result = study(**options)
         result.save(out)
         write_index(out)
-        _say(result.summary.to_markdown(index=False))
-        _say(f"Written to {out}/{name}.*")
+        say(result.summary.to_markdown(index=False))
+        say(f"Written to {out}/{name}.*")
 
 
 @app.command()
@@ -328,10 +303,10 @@ def report(
     ] = True,
 ) -> None:
     """Write one self-contained HTML page that explains a finished run."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens.report import write_report
 
-        _say(f"Report: {write_report(run, out, inside=circuit)}")
+        say(f"Report: {write_report(run, out, inside=circuit)}")
 
 
 @app.command()
@@ -347,12 +322,12 @@ def figures(
     ] = Path("figures"),
 ) -> None:
     """Draw the figures of the studies again from their stored tables."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens.paper.studies.figures import redraw
         from eigenlens.plots.export import FORMATS
 
         for result in redraw(out, names or (), formats or FORMATS):
-            _say(f"Drawn: {out}/{result.name}.*")
+            say(f"Drawn: {out}/{result.name}.*")
 
 
 @app.command()
@@ -368,7 +343,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.", callback=expanded)] = None,
 ) -> None:
     """Time a scoring pass against an ordinary training step."""
-    with _clear_errors():
+    with clear_errors():
         from eigenlens.bench import benchmark
         from eigenlens.files import write_json
         from eigenlens.models import load_model

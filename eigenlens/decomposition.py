@@ -76,7 +76,7 @@ def decompose(
     listed = partial(weight_matrices, model, layers=layers, skip_unsupported=skip_unsupported)
     makers = _makers(model, listed, matrices, basis, data, seed, _DTYPES.get(dtype or ""), cache)
     bar = tqdm(makers, desc="decompose", unit="matrix", disable=not progress)
-    spectra = Spectra([make() for make in bar], Provenance.of(model), basis, seed)
+    spectra = Spectra([make() for make in bar], Provenance.of(model, for_edits=True), basis, seed)
     if cache:
         disk.trim()
     return spectra

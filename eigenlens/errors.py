@@ -3,6 +3,10 @@
 from pydantic import ValidationError
 
 
+class MissingPackageError(ImportError):
+    """A package of an extra is not installed; says which."""
+
+
 def problems(error: ValidationError, unplaced: str = "") -> str:
     """Every problem as ``field: message``; ``unplaced`` stands for those of no single field."""
     return "; ".join(

@@ -10,12 +10,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
 
 from eigenlens.decomposition import decomposed_again
 from eigenlens.files import FileFormatError, load_tensors, save_tensors
 from eigenlens.matrices import KINDS, Site
 from eigenlens.position_means import PositionMeans
-from eigenlens.provenance import Provenance, model_fingerprint
+from eigenlens.provenance import (
+    Provenance,
+    hashed_model,
+    model_fingerprint,
+    same_when_rounded,
+    tokenizer_hash,
+)
 from eigenlens.scoring.scores import Scores
 from eigenlens.spectra import COMPONENT, Directions, Spectra, by_matrix
 
@@ -115,15 +122,30 @@ class FrozenSet:
         )
         return f"<p>{note}; how many per layer and matrix:</p>{by_matrix.to_html()}"
 
-    def directions_on(self, model: TransformerBridge) -> dict[str, Directions]:
+    def shared(self) -> "FrozenSet":
+        """The same components with one mean for all positions, which weights can express."""
+        return replace(self, means=self.means.shared())
+
+    def directions_on(
+        self, model: TransformerBridge, *, allow_dtype: bool = False
+    ) -> dict[str, Directions]:
         """Directions of these components, by site, where the model at hand has its weights.
+
+        Args:
+            model: with the weights that the set was made for.
+            allow_dtype: they may be of another type.
 
         Raises:
             WrongModelError: the set belongs to other weights.
-            ValueError: its directions follow from data that are not here (``pca``).
+            ValueError: its directions follow from data or weights that are not here.
         """
-        self.check_model(model)
+        self.check_model(model, allow_dtype=allow_dtype)
         if self.directions is None and self.spectra is None and len(self):
+            if self.provenance.model_fingerprint != model_fingerprint(model):
+                raise ValueError(
+                    "Weights of another dtype have other directions: save this FrozenSet with "
+                    "directions=True."
+                )
             spectra = decomposed_again(model, self.components, self.basis, self.seed)
             return replace(self, spectra=spectra).directions_on(model)
         return {
@@ -179,13 +201,18 @@ class FrozenSet:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: TransformerBridge | None = None
+        cls,
+        path: str | os.PathLike[str],
+        model: TransformerBridge | None = None,
+        *,
+        allow_dtype: bool = False,
     ) -> "FrozenSet":
         """Read back what :meth:`save` wrote.
 
         Args:
             path: the file.
             model: refuse the file unless it belongs to these weights.
+            allow_dtype: they may be of another type.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -198,7 +225,7 @@ class FrozenSet:
         except (KeyError, IndexError) as error:
             raise FileFormatError(f"{path} lacks {error}.") from error
         if model is not None:
-            frozen.check_model(model)
+            frozen.check_model(model, allow_dtype=allow_dtype)
         return frozen
 
     @classmethod
@@ -229,13 +256,34 @@ class FrozenSet:
             directions=directions,
         )
 
-    def check_model(self, model: TransformerBridge) -> None:
-        """Raise :class:`WrongModelError` unless this set belongs to the weights of ``model``."""
+    def check_model(self, model: TransformerBridge, *, allow_dtype: bool = False) -> None:
+        """Raise :class:`WrongModelError` unless this set belongs to the weights of ``model``.
+
+        With ``allow_dtype`` they may be of another type: they are compared as rounded to the
+        coarser one. What an edit does there was not measured: evaluate again.
+        """
         made_for = self.provenance.model_fingerprint
         found = model_fingerprint(model)
-        if made_for != found:
+        if made_for == found:
+            return
+        rounded = self.provenance.rounded
+        same = rounded is not None and same_when_rounded(rounded, *hashed_model(model))
+        if not same:
             raise WrongModelError(
                 f"This FrozenSet was made for {self.provenance.model!r} with the fingerprint "
-                f"{made_for[:8]}…, but the model at hand has {found[:8]}…: "
-                "other weights or another dtype. Score and select on this model."
+                f"{made_for[:8]}…, but the model at hand has {found[:8]}…: other weights. "
+                "Score and select on this model."
+            )
+        if not allow_dtype:
+            raise WrongModelError(
+                f"This FrozenSet was made for these weights in {next(iter(rounded or ()))}: give "
+                "allow_dtype=True to use it here, and evaluate again."
+            )
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise :class:`WrongModelError` unless a tokenizer has the tokens of the model's own."""
+        if self.provenance.tokenizer not in (None, tokenizer_hash(tokenizer)):
+            raise WrongModelError(
+                f"This FrozenSet was made for {self.provenance.model!r} with a tokenizer whose "
+                "tokens have other ids than those of the one at hand: load that model's own."
             )

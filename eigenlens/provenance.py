@@ -7,7 +7,7 @@ once, and again only where an operation of PyTorch has changed one.
 """
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from importlib.metadata import version
@@ -20,11 +20,13 @@ from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
 
 from eigenlens.inputs import check_data, check_model
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
 _PACKAGES = ("eigenlens", "torch", "transformers", "transformer-lens", "numpy")
 
 
@@ -39,6 +41,8 @@ class Provenance(BaseModel):
     task_hash: str | None = None
     seed: int | None = None
     versions: dict[str, str]
+    rounded: dict[str, str] | None = None
+    tokenizer: str | None = None
 
     @classmethod
     def of(
@@ -48,13 +52,24 @@ class Provenance(BaseModel):
         task: str | None = None,
         task_hash: str | None = None,
         seed: int | None = None,
+        for_edits: bool = False,
     ) -> "Provenance":
         """Record the model at hand and the versions that are running.
+
+        Args:
+            model: a bridge.
+            task: its name.
+            task_hash: over its examples.
+            seed: of what is random.
+            for_edits: record hashes of the weights rounded to coarser types and of the tokenizer,
+                too, which tell whether an edit fits a copy of the model.
 
         Raises:
             ValueError: the model is no ``TransformerBridge``.
         """
         return cls(
+            rounded=rounded_hashes(*hashed_model(model)) if for_edits else None,
+            tokenizer=tokenizer_hash(model.tokenizer) if for_edits and model.tokenizer else None,
             model_fingerprint=model_fingerprint(model),
             model=str(getattr(model.cfg, "model_name", "") or "unnamed"),
             task=task,
@@ -72,6 +87,50 @@ def versions() -> dict[str, str]:
 def tensor_hash(tensor: Tensor) -> str:
     """xxh3-128 of a tensor's dtype, shape and bytes."""
     return _hash([("", tensor)])
+
+
+def rounded_hashes(hashed: Callable[[torch.dtype], str], own: torch.dtype) -> dict[str, str]:
+    """Hashes of weights as they are and rounded to each coarser type, their own type first.
+
+    Args:
+        hashed: of the weights in a type.
+        own: their type.
+    """
+    coarser = [dtype for dtype in _ROUNDED if dtype.itemsize < own.itemsize]
+    return {_type_name(dtype): hashed(dtype) for dtype in (own, *coarser)}
+
+
+def same_when_rounded(
+    recorded: Mapping[str, str], hashed: Callable[[torch.dtype], str], own: torch.dtype
+) -> bool:
+    """Whether weights are those of :func:`rounded_hashes`, in the coarser type of the two."""
+    made = getattr(torch, next(iter(recorded)))
+    coarser = made if made.itemsize < own.itemsize else own
+    return recorded.get(_type_name(coarser)) == hashed(coarser)
+
+
+def hashed_model(model: nn.Module) -> tuple[Callable[[torch.dtype], str], torch.dtype]:
+    """Hash of every parameter of a model in any type, and its own type."""
+
+    def hashed(dtype: torch.dtype) -> str:
+        return _hash((name, p.detach().to(dtype)) for name, p in sorted(model.named_parameters()))
+
+    return hashed, next(model.parameters()).dtype
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the tokens of a tokenizer and their ids, without those that were added later."""
+    vocabulary = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    words = (
+        tokenizer.get_vocab()
+        if vocabulary is tokenizer
+        else vocabulary.get_vocab(with_added_tokens=False)
+    )
+    return text_hash(sorted(words.items(), key=lambda word: word[1]))
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def text_hash(lines: Iterable[Any]) -> str:

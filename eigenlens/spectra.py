@@ -110,6 +110,16 @@ class Directions:
         )
 
 
+def moved_coordinates(
+    h: Float[Tensor, "*batch head width"],
+    directions: Directions,
+    mean: Float[Tensor, "*#batch head k"],
+    strength: Float[Tensor, "*#batch head k"] | Float[Tensor, ""] | float,
+) -> Float[Tensor, "*batch head k"]:
+    """``(c̄ − h R) ∘ z``: how far freezing moves each coordinate."""
+    return (mean - directions.coordinates(h.to(mean.dtype))) * strength
+
+
 def freeze_coordinates(
     h: Float[Tensor, "*batch head width"],
     directions: Directions,
@@ -117,7 +127,7 @@ def freeze_coordinates(
     strength: Float[Tensor, "*#batch head k"] | Float[Tensor, ""] | float,
 ) -> Float[Tensor, "*batch head width"]:
     """``h + ((c̄ − h R) ∘ z) W``: the formula of freezing, gates, exact effects and cuts alike."""
-    moved = (mean - directions.coordinates(h.to(mean.dtype))) * strength
+    moved = moved_coordinates(h, directions, mean, strength)
     return h + directions.compose(moved).to(h.dtype)
 
 

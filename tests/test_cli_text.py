@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from eigenlens import cli, models
+from eigenlens.cli_output import clear_errors
 from eigenlens.cli_values import pairs
 from eigenlens.models import KnownModel
 from eigenlens.plots.export import StaticExportError
@@ -32,7 +33,7 @@ def write_rows(path, *rows):
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, StaticExportError])
 def test_errors_are_printed_to_the_letter(kind, capsys):
-    with pytest.raises(typer.Exit), cli._clear_errors():
+    with pytest.raises(typer.Exit), clear_errors():
         raise kind(NASTY)
     assert capsys.readouterr().err == f"Error: {NASTY}\n"
 

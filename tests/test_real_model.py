@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from test_attach import plain
+from test_take_home import check_same_answers_everywhere
 
 import eigenlens as el
 from eigenlens import pipeline
+from eigenlens.models.known import resolve
 
 pytestmark = pytest.mark.real
 TASK = {"low": 10, "high": 30, "n_train": 300, "n_validation": 50, "n_test": 50}
@@ -63,3 +66,15 @@ def test_weights_in_bfloat16_run(one_shot):
     task = el.load_task("int_add", model.tokenizer, low=10, high=30)
     found = el.evaluate(model, task.test)
     assert found.loss == pytest.approx(one_shot[0].before.loss, rel=0.05)
+
+
+def test_an_edit_gives_the_same_answers_wherever_it_lives(one_shot, tmp_path):
+    model = el.load_model("smollm2-135m", device="cpu")
+    source = resolve("smollm2-135m")
+    check_same_answers_everywhere(
+        lambda folder=source: plain(folder, torch.float32),
+        model,
+        one_shot[0].frozen,
+        el.load_task("int_add", model.tokenizer, low=10, high=30).test,
+        tmp_path,
+    )

@@ -1,15 +1,20 @@
 """Adapters of peft: found beside or in place of a base model, and merged into it when asked."""
 
 import json
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from eigenlens.errors import MissingPackageError
 from eigenlens.files import FileFormatError
 from eigenlens.models.weight_files import check_file, check_folder, check_loaded
 from eigenlens.models.wording import listed, reason
@@ -62,7 +67,7 @@ def merged_folder(folder: Path, base: str, dtype: torch.dtype) -> PreTrainedMode
         FileFormatError: files are damaged, or the adapter does not fit the base model.
         ImportError: peft is not installed.
     """
-    peft = _peft()
+    peft = import_peft("Merging an adapter")
     for file in sorted(folder.glob("adapter_model.*")):
         check_file(file)
     model = _base_model(base, dtype)
@@ -98,12 +103,17 @@ def merged(model: nn.Module) -> PreTrainedModel:
     return merge(safe_merge=True)
 
 
-def _peft():
+def import_peft(purpose: str) -> ModuleType:
+    """The package peft.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
     try:
         import peft
     except ImportError as error:
-        raise ImportError(
-            "Merging an adapter needs peft, which is not installed: pip install 'eigenlens[peft]'."
+        raise MissingPackageError(
+            f"{purpose} needs peft, which is not installed: pip install 'eigenlens[peft]'."
         ) from error
     return peft
 
@@ -134,3 +144,16 @@ def _without_adapter(base: str) -> Iterator[str]:
             if not file.name.startswith("adapter_"):
                 (Path(temporary) / file.name).symlink_to(file.resolve())
         yield temporary
+
+
+def write_adapter(
+    config: Any, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]
+) -> None:
+    """Write a peft configuration and the tensors of its adapter, as peft names them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(os.fspath(folder))
+    safetensors.torch.save_file(
+        {name: value.cpu().contiguous() for name, value in tensors.items()},
+        Path(folder) / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )

@@ -1,0 +1,35 @@
+"""How the command line prints: texts as they are, and errors as one sentence."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+# What is printed comes from outside: prompts, paths and names are no markup and no emoji codes.
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print a text as it is, without line breaks in its paths."""
+    console.print(text, soft_wrap=True)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn what a user can mend into one sentence and exit code 2."""
+    from transformers.utils import logging as transformers_logging
+
+    from eigenlens.errors import MissingPackageError
+    from eigenlens.plots.export import StaticExportError
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except (ValueError, FileNotFoundError, StaticExportError, MissingPackageError) as error:
+        errors.print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
+        raise typer.Exit(2) from error

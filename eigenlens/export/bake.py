@@ -1,0 +1,54 @@
+"""``bake``: an edit under shared means as a plain transformers folder with edited weights.
+
+The components come off the weights, and their mean goes into biases.
+"""
+
+import os
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eigenlens.evaluation import Evaluation
+from eigenlens.export.card import model_card
+from eigenlens.export.low_rank import check_shared, low_rank_changes
+from eigenlens.export.plain import sharing_copy
+from eigenlens.export.weights import apply_change, give_biases
+from eigenlens.files import write_text
+from eigenlens.frozen_set import FrozenSet
+
+
+def bake(
+    model: PreTrainedModel,
+    frozen: FrozenSet,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    before: Evaluation | None = None,
+    after: Evaluation | None = None,
+) -> None:
+    """Write a model with edited weights, which transformers loads without eigenlens.
+
+    Args:
+        model: the plain transformers model that ``frozen`` was made for; it stays as it is.
+        frozen: components with shared means.
+        folder: where weights, configuration and model card go.
+        tokenizer: written there, too.
+        before: what the model card says of the model without the edit.
+        after: what the model card says of the edited model.
+
+    Raises:
+        PositionBiasError: means by position.
+        UnsupportedModelError: a map needs a bias and the architecture has none.
+        WrongModelError, ValueError: as :func:`eigenlens.attach`.
+    """
+    check_shared(frozen, "A plain model")
+    changes = low_rank_changes(model, frozen)
+    baked = sharing_copy(model)
+    give_biases(baked, (path for path, change in changes.items() if change.bias.any()))
+    for path, change in changes.items():
+        apply_change(baked.get_submodule(path), change)
+    baked.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    base = model.name_or_path or type(model).__name__
+    write_text(Path(folder) / "README.md", model_card(frozen, base, before, after))

@@ -1,0 +1,95 @@
+"""From a frozen set to an eigenpruning adapter: in memory, or as a folder."""
+
+import os
+
+import peft
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eigenlens.export.low_rank import low_rank_changes
+from eigenlens.files import write_text
+from eigenlens.frozen_set import FrozenSet
+from eigenlens.models.peft_adapters import write_adapter
+from eigenlens.peft.config import EigenpruneAdapterConfig
+from eigenlens.peft.model import hashed_weight
+from eigenlens.provenance import rounded_hashes
+
+_CARD = """---
+base_model: {base}
+library_name: peft
+tags: [eigenlens, eigenpruning]
+---
+
+{n:,} of {candidates:,} components {edit}. Load it with peft after importing the method:
+
+```python
+import eigenlens.peft
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, folder)
+```
+"""
+
+
+def to_peft(model: PreTrainedModel, frozen: FrozenSet, folder: str | os.PathLike[str]) -> None:
+    """Write an eigenpruning adapter, with means by position or shared ones.
+
+    ``PeftModel.from_pretrained(base, folder)`` loads it after ``import eigenlens.peft``, without a
+    decomposition.
+
+    Args:
+        model: the plain transformers model that ``frozen`` was made for.
+        frozen: components, strengths and mean coordinates.
+        folder: where ``adapter_config.json``, ``adapter_model.safetensors`` and a card go.
+
+    Raises:
+        ValueError: nothing is frozen.
+        WrongModelError, UnsupportedModelError: as :func:`eigenlens.attach`.
+    """
+    config, tensors = _adapter(model, frozen)
+    write_adapter(config, {f"base_model.model.{name}": t for name, t in tensors.items()}, folder)
+    card = _CARD.format(
+        base=model.name_or_path, n=len(frozen), candidates=frozen.n_candidates, edit=frozen.edit
+    )
+    write_text(os.path.join(folder, "README.md"), card)
+
+
+def get_eigenpruned_model(
+    model: PreTrainedModel, frozen: FrozenSet, adapter_name: str = "default"
+) -> peft.PeftModel:
+    """A ``PeftModel`` around ``model`` with the edit as its adapter.
+
+    Raises:
+        As :func:`to_peft`.
+    """
+    config, tensors = _adapter(model, frozen)
+    wrapped = peft.get_peft_model(model, config, adapter_name)
+    named = {f"base_model.model.{name}": value for name, value in tensors.items()}
+    peft.set_peft_model_state_dict(wrapped, named, adapter_name)
+    return wrapped.eval()
+
+
+def _adapter(
+    model: PreTrainedModel, frozen: FrozenSet
+) -> tuple[EigenpruneAdapterConfig, dict[str, Tensor]]:
+    """Configuration and tensors, by the names of the plain model."""
+    if not len(frozen):
+        raise ValueError("This edit freezes nothing: there is no adapter to write.")
+    changes = low_rank_changes(model, frozen)
+    rows = frozen.means.positions
+    config = EigenpruneAdapterConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+        target_modules=list(changes),
+        shapes={path: [*c.down.shape, c.up.shape[1]] for path, c in changes.items()},
+        weights={
+            path: rounded_hashes(*hashed_weight(model.get_submodule(path))) for path in changes
+        },
+        positions=[rows.start, rows.stop, int(rows.bucketed)],
+        inference_mode=True,
+    )
+    tensors = {}
+    for path, c in changes.items():
+        for part, value in (("down", c.down), ("up", c.up), ("table", c.table)):
+            tensors[f"{path}.eigenprune_{part}"] = value
+    return config, tensors
