@@ -278,18 +278,20 @@ class _Search:
         z = torch.where(z > _OFF, z, 0)
         self._run.gates.set(z)
         found = look(self._model, self._validation, self._config.batch_size)
-        more: dict[str, Any] = {"train_loss": train_loss, "mean_gate": float(z.mean())}
-        allowed = True
-        if self._protect is not None:
-            divergence = self._protect.measure()
-            allowed = self._protect.holds(divergence)
-            more |= {"divergence": max(divergence.values()), "within_bound": allowed}
         n_open = int((z > 0).sum())
+        rank = preference(found.accuracy, found.loss, n_open)
+        better, allowed = rank > self._best_found, True
+        more: dict[str, Any] = {"train_loss": train_loss, "mean_gate": float(z.mean())}
+        if self._protect is not None:
+            # A pass over protected data takes longer than the look itself.
+            harm = self._protect.measure() if better and n_open else {}
+            allowed = not n_open or (better and self._protect.holds(harm))
+            divergence = max(harm.values()) if harm else None if n_open else 0.0
+            more |= {"divergence": divergence, "within_bound": allowed}
         self.trace.append(trace_row(step, n_open, found, **more))
         self.done = step
-        rank = preference(found.accuracy, found.loss, n_open)
         self.looks_since_best += 1
-        if rank > self._best_found and (allowed or not step):
+        if better and allowed:
             self.best, self._best_found, self.looks_since_best = z, rank, 0
         return found
 
