@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from eigenlens.yaml_texts import parse_yaml
 
 app = typer.Typer(
     help="Find, freeze and explain the singular directions of transformer weights.",
@@ -66,8 +67,8 @@ def _value(text: str) -> Any:
     and the names of files that begin with a sign.
     """
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        value = parse_yaml(text)
+    except ValueError:
         return text
     if isinstance(value, str):
         return value if text.lstrip()[0] in "'\"" else text

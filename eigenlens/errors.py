@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one sentence."""
+"""What is wrong, in one sentence."""
 
 from pydantic import ValidationError
 
@@ -8,3 +8,8 @@ def problems(error: ValidationError, unplaced: str = "") -> str:
     return "; ".join(
         f"{'.'.join(map(str, e['loc'])) or unplaced}: {e['msg']}" for e in error.errors()
     )
+
+
+def reason(error: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -5,7 +5,6 @@ finished one is read back. The folder's ``config.yaml`` alone reproduces the run
 """
 
 import html
-import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.config import EigenpruneConfig, search_options
 from eigenlens.decomposition import decompose
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
-from eigenlens.files import FileFormatError, write_json
+from eigenlens.files import load_record, save_record
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
@@ -194,7 +193,7 @@ def _edit(
         stages.seconds,
     )
     if stages.out is not None:
-        write_json(stages.out / "metrics.json", result.metrics())
+        save_record(stages.out / "metrics.json", "metrics", result.metrics())
     return result
 
 
@@ -313,13 +312,10 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[EigenpruneResult, dict[str
             f"The run in {folder} is not finished: {', '.join(missing)} is not there. "
             f"`eigenlens run --config {folder / 'config.yaml'} --out {folder}` goes on with it."
         )
-    try:
-        metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileFormatError(f"{folder / 'metrics.json'} is not valid JSON: {error}") from error
     config = EigenpruneConfig.from_yaml(folder / "config.yaml")
     before = Evaluation.load(folder / "before.parquet")
     after = Evaluation.load(folder / "after.parquet")
+    metrics = load_record(folder / "metrics.json", "metrics")
     result = EigenpruneResult(
         config,
         before,

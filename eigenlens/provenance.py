@@ -14,13 +14,13 @@ from importlib.metadata import version
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
 import xxhash
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.checksums import hash_tensors
 from eigenlens.inputs import check_data, check_model
 
 P = ParamSpec("P")
@@ -71,7 +71,7 @@ def versions() -> dict[str, str]:
 
 def tensor_hash(tensor: Tensor) -> str:
     """xxh3-128 of a tensor's dtype, shape and bytes."""
-    return _hash([("", tensor)])
+    return hash_tensors([("", tensor)])
 
 
 def text_hash(lines: Iterable[Any]) -> str:
@@ -101,11 +101,11 @@ def model_fingerprint(model: TransformerBridge) -> str:
     check_model(model)
     kept = _kept.get(model)
     if kept is None:
-        return _hash(sorted(model.named_parameters()))
+        return hash_tensors(sorted(model.named_parameters()))
     state = tuple((p.data_ptr(), p._version) for p in model.parameters())
     if state not in kept:
         kept.clear()
-        kept[state] = _hash(sorted(model.named_parameters()))
+        kept[state] = hash_tensors(sorted(model.named_parameters()))
     return kept[state]
 
 
@@ -141,12 +141,3 @@ def keeping_weights(
             return function(model, *args, **kwargs)
 
     return run
-
-
-def _hash(named: Iterable[tuple[str, Tensor]]) -> str:
-    digest = xxhash.xxh3_128()
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

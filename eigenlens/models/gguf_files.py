@@ -31,9 +31,10 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
+from eigenlens.errors import reason
 from eigenlens.files import FileFormatError, cache_dir
 from eigenlens.models.weight_files import check_file, check_folder, check_loaded
-from eigenlens.models.wording import listed, reason
+from eigenlens.models.wording import listed
 
 # In the names of cached folders: what an earlier reader wrote, which checked less, is made anew.
 _READER = "v2"

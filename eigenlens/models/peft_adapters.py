@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from eigenlens.errors import reason
 from eigenlens.files import FileFormatError
 from eigenlens.models.weight_files import check_file, check_folder, check_loaded
-from eigenlens.models.wording import listed, reason
+from eigenlens.models.wording import listed
 
 CONFIG = "adapter_config.json"
 

@@ -17,6 +17,7 @@ from transformer_lens.model_bridge.sources.transformers import (
 )
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from eigenlens.errors import reason
 from eigenlens.files import FileFormatError
 from eigenlens.matrices import UnsupportedModelError
 from eigenlens.models.checks import check_causal, check_finite, check_same_logits, probe
@@ -24,7 +25,6 @@ from eigenlens.models.peft_adapters import has_adapter
 from eigenlens.models.special_tokens import kept_as_is, note_special_tokens
 from eigenlens.models.upstream import mend_rotary_dtype, refuse_unsupported
 from eigenlens.models.weight_files import check_loaded
-from eigenlens.models.wording import reason
 
 
 @dataclass(frozen=True)
