@@ -4,6 +4,7 @@ xxh3 tells a damaged file from a whole one; it is no protection against forgery.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import xxhash
@@ -21,6 +22,16 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
         if tensor.numel():
             flat = tensor.detach().cpu().contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """xxh3-128 of the bytes of files, one after the other."""
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        with path.open("rb") as handle:
+            for chunk in iter(lambda: handle.read(1 << 24), b""):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -49,11 +49,14 @@ def parsing(path: Path, form: str) -> Iterator[None]:
     except FileFormatError:
         raise
     except (
-        *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError),
-        *(RecursionError, MemoryError, pa.ArrowException, safetensors.SafetensorError),
+        *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError),
+        *(OSError, pa.ArrowException, safetensors.SafetensorError),
     ) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the system's own: a full disk, a file that may not be read
         raise FileFormatError(
-            f"{path} is truncated or not a {form} file ({reason(error)})."
+            f"{path} is truncated or no {form} file ({reason(error)}): download, copy or make it "
+            "again."
         ) from error
 
 
