@@ -47,6 +47,9 @@ def read_head(file: Path) -> gguf.GGUFReader:
     check_file(file)
     with parsing(file, "GGUF"):
         reader = _Reader(file)
+        for field in reader.fields.values():
+            if gguf.GGUFValueType.STRING in field.types:
+                field.contents()  # decodes it
         _check_places(reader)
     return reader
 
@@ -68,6 +71,9 @@ def check_sizes(reader: gguf.GGUFReader) -> None:
     """
     architecture = reader.fields["general.architecture"].contents()
     names = {tensor.name for tensor in reader.tensors}
+    for size in ("block_count", "embedding_length"):  # else transformers takes those of a 7B model
+        if f"{architecture}.{size}" not in reader.fields:
+            raise ValueError(f"{architecture}.{size} is missing")
     widest = max((int(size) for tensor in reader.tensors for size in tensor.shape), default=0)
     sizes = [*_SIZES, *(["context_length"] if "position_embd.weight" in names else [])]
     for name in (f"{architecture}.{size}" for size in sizes):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 1000  # signs of a complaint, which quotes the row
+
 
 class DataError(ValueError):
     """A data file or one of its rows is malformed; the message names file and line."""
@@ -25,7 +27,8 @@ class Row:
 
     def error(self, problem: str) -> DataError:
         """The error to raise for this row."""
-        return DataError(f"{self.where}: {problem}.")
+        cut = problem if len(problem) <= _LONGEST else f"{problem[:_LONGEST]} …"
+        return DataError(f"{self.where}: {cut}.")
 
     def get(self, name: str) -> Any:
         """Value of a field.
