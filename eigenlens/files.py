@@ -46,18 +46,19 @@ def parsing(path: Path, form: str) -> Iterator[None]:
     """
     try:
         yield
-    except FileFormatError:
-        raise
-    except (
-        *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError),
-        *(OSError, pa.ArrowException, safetensors.SafetensorError),
-    ) as error:
-        if getattr(error, "errno", None) is not None:
-            raise  # the system's own: a full disk, a file that may not be read
+    except Exception as error:  # parsers raise all kinds, a bare Exception among them
+        if isinstance(error, FileFormatError) or _of_machine(error):
+            raise
         raise FileFormatError(
-            f"{path} is truncated or no {form} file ({reason(error)}): download, copy or make it "
-            "again."
+            f"{path} is truncated or no {form} ({reason(error)}): download, copy or make it again."
         ) from error
+
+
+def _of_machine(error: Exception) -> bool:
+    """Whether an error tells of memory, disk, rights or packages, and nothing of a file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    return isinstance(error, MemoryError | ImportError) or type(error) is RuntimeError
 
 
 def cache_dir() -> Path:
@@ -139,7 +140,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileFormatError: it is no JSON object.
     """
     path = _existing(path)
-    with parsing(path, "JSON"):
+    with parsing(path, "JSON file"):
         values = json.loads(path.read_bytes().decode())
     if not isinstance(values, dict):
         raise FileFormatError(f"{path} holds no JSON object.")
@@ -201,7 +202,7 @@ def load_tensors(
         FileFormatError: the file is truncated, damaged, foreign, or of another kind.
     """
     path = _existing(path)
-    with parsing(path, "safetensors"), safetensors.safe_open(path, framework="pt") as file:
+    with parsing(path, "safetensors file"), safetensors.safe_open(path, framework="pt") as file:
         stored = file.metadata() or {}
         metadata = _check_header(path, kind, stored.get(_HEADER))
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
@@ -259,7 +260,7 @@ def load_arrays(
     """
     path = _existing(path)
     content = path.read_bytes()
-    with parsing(path, "parquet"):
+    with parsing(path, "parquet file"):
         stored = pq.read_metadata(pa.BufferReader(content)).metadata or {}
         metadata = _check_header(path, kind, stored.get(_HEADER.encode()))
     _check_whole(path, is_whole(content))

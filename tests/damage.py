@@ -22,7 +22,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 def _place(content: bytes, rng: random.Random) -> int:
     """Anywhere, but often near one of the ends, where heads and footers are."""
-    near = min(len(content), 200)
+    near = min(len(content), rng.choice((50, 300, 2000)))
     ends = (rng.randint(0, near), rng.randint(len(content) - near, len(content)))
     return rng.choice((*ends, rng.randint(0, len(content))))
 

@@ -25,24 +25,36 @@ import safetensors
 import torch
 import yaml
 from damage import PlainGguf, damaged, plain_jsonl, plain_safetensors
+from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from test_gguf import write_gguf
+from test_superglue import CB
 from tiny_models import MIXED
 
 import eigenlens as el
 from eigenlens import cache
 from eigenlens.baselines.edits import BiasEdit, load_edit
 from eigenlens.circuits import Circuit, Readout
-from eigenlens.files import FileFormatError, load_record, load_table, save_record, save_table
+from eigenlens.files import (
+    FileFormatError,
+    load_record,
+    load_table,
+    save_record,
+    save_table,
+    write_json,
+)
 from eigenlens.models import gguf_files
 from eigenlens.models.gguf_head import read_head
 from eigenlens.models.peft_adapters import base_name
 from eigenlens.models.weight_files import check_folder
-from eigenlens.paper.studies.config import StudyConfig
+from eigenlens.paper.studies.config import CONFIGS, StudyConfig
+from eigenlens.paper.studies.result import Parts
 from eigenlens.provenance import Provenance
 from eigenlens.search.result import Checkpoint, SearchResult
 from eigenlens.tasks.jsonl import jsonl
 from eigenlens.tasks.rows import DataError
+from eigenlens.tasks.superglue import cb
+from eigenlens.tasks.text import text_examples
 
 pytestmark = pytest.mark.slow
 SECONDS, GIGABYTES = 10, 4  # what one case may take
@@ -138,6 +150,39 @@ def right_jsonl(content: bytes, found: list[dict], whole: Any) -> bool:
     return all(row in rows for row in found) and prompts[0] == prompts[1]
 
 
+def write_cb(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    for name in ("train.jsonl", "val.jsonl"):
+        lines = [json.dumps(row, ensure_ascii=False) for row in CB]
+        (path.parent / name).write_text("\n".join(lines), encoding="utf-8")
+
+
+def read_cb(path: Path) -> list[dict]:
+    return cb(data=path.parent.parent).test.to_list()
+
+
+def right_cb(content: bytes, found: list[dict], whole: Any) -> bool:
+    answers = {"entailment": " entails", "contradiction": " contradicts", "neutral": " is neutral"}
+    rows = plain_jsonl(content)
+    return len(rows) == len(found) and all(
+        made["prompt"].startswith(
+            f"Premise: {row['premise']}\n\nHypothesis: {row['hypothesis']}\n\n"
+        )
+        and made["answer"] == answers[row["label"]]
+        for row, made in zip(rows, found, strict=True)
+    )
+
+
+def write_text(path: Path) -> None:
+    path.write_text("".join(f"Wort {i}, größer als {i - 1}.\n" for i in range(60)), "utf-8")
+
+
+def right_text(content: bytes, found: Dataset, whole: Any) -> bool:
+    """Passages are parts of the text, word for word and in order."""
+    made = "".join(row["prompt"] + row["answer"] for row in found).split()
+    return "".join(content.decode().split()).startswith("".join(made)) and len(made) > 0
+
+
 CONFIG = """# my run
 model: arith-tiny
 task: int_add
@@ -158,9 +203,6 @@ def right_config(content: bytes, found: el.EigenpruneConfig, whole: Any) -> bool
 
 def right_study(content: bytes, found: StudyConfig, whole: Any) -> bool:
     return found == StudyConfig(**yaml.safe_load(content.decode()))
-
-
-STUDIES = Path(el.__file__).parent / "paper" / "studies" / "configs"
 
 
 def write_weights(path: Path) -> None:
@@ -270,6 +312,29 @@ READERS = {
         right_jsonl,
         (DataError, ValueError),
     ),
+    "cb": Reader(
+        500,
+        "CB/val.jsonl",
+        lambda path, _: write_cb(path),
+        lambda path, _: read_cb(path),
+        right_cb,
+        (DataError,),
+    ),
+    "text": Reader(
+        300,
+        "mine.txt",
+        lambda path, _: write_text(path),
+        lambda path, _: text_examples(path, n_prompt_tokens=4, n_answer_tokens=2),
+        right_text,
+        (DataError, ValueError),
+    ),
+    "part of a study": Reader(
+        300,
+        "m_t.json",
+        lambda path, _: write_json(path, [{"loss": 0.5, "label": "frozen"}]),
+        lambda path, _: Parts(path.parent).do("m_t", list),
+        lambda content, found, _: same(found, json.loads(content)),
+    ),
     "config": Reader(
         1000,
         "config.yaml",
@@ -281,7 +346,7 @@ READERS = {
     "study": Reader(
         300,
         "study.yaml",
-        lambda path, _: path.write_bytes((STUDIES / "transfer.yaml").read_bytes()),
+        lambda path, _: path.write_bytes((CONFIGS / "transfer.yaml").read_bytes()),
         lambda path, _: StudyConfig.read(path),
         right_study,
         (FileFormatError, ValueError),

@@ -129,7 +129,7 @@ def dequantise(parts: Sequence[Path], target: Path) -> None:
         FileFormatError: a file that is truncated, lacks parts, or does not fit its architecture.
     """
     readers = [read_head(part) for part in parts]
-    with parsing(parts[0], "GGUF"):
+    with parsing(parts[0], "GGUF file that transformers reads"):
         _check_parts(parts, readers)
         if len(parts) == 1:
             loaded, words = _read(parts[0], parts[0], readers[0])

@@ -45,7 +45,7 @@ def read_head(file: Path) -> gguf.GGUFReader:
         FileFormatError: it is truncated, damaged or no GGUF file.
     """
     check_file(file)
-    with parsing(file, "GGUF"):
+    with parsing(file, "GGUF file"):
         reader = _Reader(file)
         for field in reader.fields.values():
             if gguf.GGUFValueType.STRING in field.types:

@@ -1,5 +1,6 @@
 """Whether the files of a checkpoint are whole, and whether all its tensors found their place."""
 
+import os
 import re
 import zipfile
 from collections import Counter
@@ -9,6 +10,7 @@ from typing import Any
 
 import safetensors
 
+from eigenlens.errors import short
 from eigenlens.files import FileFormatError, parsing, read_json
 from eigenlens.models.wording import listed
 
@@ -33,7 +35,7 @@ def check_file(path: Path) -> None:
     if not head:
         raise FileFormatError(f"{path} is empty (0 bytes): download or copy it again.")
     if path.suffix == ".safetensors":
-        with parsing(path, "safetensors"), safetensors.safe_open(path, framework="pt"):
+        with parsing(path, "safetensors file"), safetensors.safe_open(path, framework="pt"):
             pass
     elif head.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise FileFormatError(f"{path} is truncated: download or copy it again.")
@@ -69,13 +71,13 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_shards(index: Path) -> None:
-    with parsing(index, "index"):
+    with parsing(index, "index of weights"):
         names = sorted(set(read_json(index)["weight_map"].values()))
-        absent = [name for name in names if not (index.parent / name).is_file()]
+        absent = [name for name in names if not os.path.isfile(index.parent / name)]
     if absent:
         raise FileFormatError(
-            f"{listed(absent)} is not in {index.parent}, though {index.name} lists it: download or "
-            "copy it again."
+            f"{short(listed(absent))} is not in {index.parent}, though {index.name} lists it: "
+            "download or copy it again."
         )
     for name in names:
         check_file(index.parent / name)

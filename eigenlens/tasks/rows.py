@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_LONGEST = 1000  # signs of a complaint, which quotes the row
+from eigenlens.errors import reason, short
 
 
 class DataError(ValueError):
@@ -27,8 +27,7 @@ class Row:
 
     def error(self, problem: str) -> DataError:
         """The error to raise for this row."""
-        cut = problem if len(problem) <= _LONGEST else f"{problem[:_LONGEST]} …"
-        return DataError(f"{self.where}: {cut}.")
+        return DataError(f"{self.where}: {short(problem)}.")
 
     def get(self, name: str) -> Any:
         """Value of a field.
@@ -97,7 +96,7 @@ def _fields(text: str, where: str) -> dict[str, Any]:
             "character itself."
         ) from error
     except (ValueError, RecursionError) as error:  # also of numbers and nestings without end
-        raise DataError(f"{where}: cannot be read: {error}.") from error
+        raise DataError(f"{where}: cannot be read: {reason(error)}.") from error
     if not isinstance(fields, dict):
         raise DataError(f"{where}: expected a JSON object, not {text.strip()[:40]!r}.")
     return fields
