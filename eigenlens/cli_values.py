@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
+from eigenlens.yaml_texts import parse_yaml
 
 
 def pairs(values: list[str], option: str) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def _value(text: str) -> Any:
     and the names of files that begin with a sign.
     """
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        value = parse_yaml(text)
+    except ValueError:
         return text
     if isinstance(value, str):
         return value if text.lstrip()[0] in "'\"" else text

@@ -121,9 +121,13 @@ class EigenpruneConfig(BaseModel):
         Raises:
             FileNotFoundError: there is no such file.
             FileFormatError: it is no YAML mapping.
-            ValueError: an unknown key or a value out of range.
+            ValueError: an unknown key or a value out of range; names the file.
         """
-        return cls.make(**read_yaml(path) | overrides)
+        values = read_yaml(path) | overrides
+        try:
+            return cls.make(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def to_yaml(self) -> str:
         """All values as YAML."""

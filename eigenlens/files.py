@@ -1,7 +1,8 @@
 """Reading and writing result files: atomic, typed by a header, never pickle.
 
-Every file that eigenlens writes carries a ``kind`` and a format version in its metadata, so that a
-foreign or truncated file is refused with a sentence instead of failing somewhere deep inside.
+Every file that eigenlens writes carries a ``kind``, a format version and a checksum, so that a
+foreign, truncated or damaged file is refused with a sentence instead of failing somewhere deep
+inside, or of giving other numbers.
 """
 
 import json
@@ -20,16 +21,44 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
-import yaml
 from torch import Tensor
 
-_HEADER = "eigenlens"
-# Kinds whose files changed; all others are as they were first written.
-_FORMATS = {"scores": "2", "frozen set": "2", "control": "2", "spectra": "2", "search state": "2"}
+from eigenlens.checksums import hash_tensors, is_whole, sealed
+from eigenlens.errors import reason
+from eigenlens.yaml_texts import parse_yaml
+
+_HEADER, _CHECKSUM = "eigenlens", "checksum"
+# Format 2 brought checksums; these kinds had changed before.
+_FORMATS = dict.fromkeys(("scores", "frozen set", "control", "spectra", "search state"), "3")
+_FORMAT = "2"
 
 
 class FileFormatError(ValueError):
-    """A file is missing parts, truncated, or not of the kind that was asked for."""
+    """A file is missing parts, truncated, damaged, or not of the kind that was asked for."""
+
+
+@contextmanager
+def parsing(path: Path, form: str) -> Iterator[None]:
+    """Inside the block, whatever the bytes of a damaged file make a parser raise names the file.
+
+    Raises:
+        FileFormatError: in place of the parser's own error.
+    """
+    try:
+        yield
+    except Exception as error:  # parsers raise all kinds, a bare Exception among them
+        if isinstance(error, FileFormatError) or _of_machine(error):
+            raise
+        raise FileFormatError(
+            f"{path} is truncated or no {form} ({reason(error)}): download, copy or make it again."
+        ) from error
+
+
+def _of_machine(error: Exception) -> bool:
+    """Whether an error tells of memory, disk, rights or packages, and nothing of a file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    return isinstance(error, MemoryError | ImportError) or type(error) is RuntimeError
 
 
 def cache_dir() -> Path:
@@ -92,37 +121,59 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: it is no YAML mapping.
+        FileFormatError: it is no YAML mapping of names to values.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
+        values = parse_yaml(Path(path).read_bytes().decode())
+    except ValueError as error:
+        raise FileFormatError(f"{path} is not valid YAML: {reason(error)}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise FileFormatError(f"{path} does not hold a mapping of options to values.")
+    return values
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: it is no JSON object.
+    """
+    path = _existing(path)
+    with parsing(path, "JSON file"):
+        values = json.loads(path.read_bytes().decode())
+    if not isinstance(values, dict):
+        raise FileFormatError(f"{path} holds no JSON object.")
     return values
 
 
 def _header(kind: str, metadata: Mapping[str, Any]) -> str:
     """A header for :func:`_check_header` alone, in Python's JSON, which has NaN and infinities."""
-    return json.dumps({"kind": kind, "format": _FORMATS.get(kind, "1"), **metadata})
+    return json.dumps({"kind": kind, "format": _FORMATS.get(kind, _FORMAT), **metadata})
 
 
-def _check_header(path: Path, kind: str, header: str | None) -> dict[str, Any]:
-    if header is None:
+def _check_header(path: Path, kind: str, header: str | bytes | None) -> dict[str, Any]:
+    metadata = None if header is None else json.loads(header)
+    if not isinstance(metadata, dict):
         raise FileFormatError(f"{path} was not written by eigenlens; expected a {kind} file.")
-    metadata = json.loads(header)
     if metadata.pop("kind", None) != kind:
         raise FileFormatError(
             f"{path} holds another kind of eigenlens result; expected a {kind} file."
         )
-    found, known = metadata.pop("format", None), _FORMATS.get(kind, "1")
+    found, known = metadata.pop("format", None), _FORMATS.get(kind, _FORMAT)
     if found != known:
         raise FileFormatError(
             f"{path} is a {kind} file of format {found}; this version of eigenlens reads format "
             f"{known}. Make it again."
         )
     return metadata
+
+
+def _check_whole(path: Path, whole: bool) -> None:
+    if not whole:
+        raise FileFormatError(
+            f"{path} is damaged: what it holds does not fit its checksum. Copy or make it again."
+        )
 
 
 def save_tensors(
@@ -133,9 +184,11 @@ def save_tensors(
 ) -> None:
     """Write named tensors and a JSON header as one safetensors file, atomically."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = _header(kind, metadata or {})
+    checksum = hash_tensors(sorted(contiguous.items()), header)
     with atomic_path(Path(path)) as temporary:
         safetensors.torch.save_file(
-            contiguous, temporary, metadata={_HEADER: _header(kind, metadata or {})}
+            contiguous, temporary, metadata={_HEADER: header, _CHECKSUM: checksum}
         )
 
 
@@ -146,18 +199,16 @@ def load_tensors(
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: the file is truncated, foreign, or of another kind.
+        FileFormatError: the file is truncated, damaged, foreign, or of another kind.
     """
     path = _existing(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-            metadata = _check_header(path, kind, header)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise FileFormatError(
-            f"{path} is truncated or not a safetensors file ({error})."
-        ) from error
+    with parsing(path, "safetensors file"), safetensors.safe_open(path, framework="pt") as file:
+        stored = file.metadata() or {}
+        metadata = _check_header(path, kind, stored.get(_HEADER))
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        found = hash_tensors(tensors.items(), stored[_HEADER])
+        _check_whole(path, found == stored.get(_CHECKSUM))
+        return tensors, metadata
 
 
 def save_table(
@@ -181,8 +232,10 @@ def save_table(
     shapes = {name: [values.shape[1], str(values.dtype)] for name, values in arrays.items()}
     text = _header(kind, {**(metadata or {}), **({"arrays": shapes} if shapes else {})})
     header = {**(arrow.schema.metadata or {}), _HEADER.encode(): text}
+    written = pa.BufferOutputStream()
+    pq.write_table(arrow.replace_schema_metadata(header), written, compression="zstd")
     with atomic_path(Path(path)) as temporary:
-        pq.write_table(arrow.replace_schema_metadata(header), temporary, compression="zstd")
+        temporary.write_bytes(sealed(written.getvalue().to_pybytes()))
 
 
 def load_table(path: str | os.PathLike[str], kind: str) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -190,7 +243,7 @@ def load_table(path: str | os.PathLike[str], kind: str) -> tuple[pd.DataFrame, d
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: the file is truncated, foreign, or of another kind.
+        FileFormatError: the file is truncated, damaged, foreign, or of another kind.
     """
     table, metadata, _ = load_arrays(path, kind)
     return table, metadata
@@ -203,15 +256,15 @@ def load_arrays(
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: the file is truncated, foreign, or of another kind.
+        FileFormatError: the file is truncated, damaged, foreign, or of another kind.
     """
     path = _existing(path)
-    try:
-        arrow = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise FileFormatError(f"{path} is truncated or not a parquet file ({error}).") from error
-    header = (arrow.schema.metadata or {}).get(_HEADER.encode())
-    metadata = _check_header(path, kind, header.decode() if header else None)
+    content = path.read_bytes()
+    with parsing(path, "parquet file"):
+        stored = pq.read_metadata(pa.BufferReader(content)).metadata or {}
+        metadata = _check_header(path, kind, stored.get(_HEADER.encode()))
+    _check_whole(path, is_whole(content))
+    arrow = pq.read_table(pa.BufferReader(content))
     arrays: dict[str, np.ndarray] = {}
     for name, (width, dtype) in metadata.pop("arrays", {}).items():
         values = np.zeros((len(arrow), width), dtype)
@@ -225,7 +278,13 @@ def load_arrays(
 
 def save_record(path: str | os.PathLike[str], kind: str, record: Mapping[str, Any]) -> None:
     """Write a JSON object with a header, atomically; tables in it are lists by column."""
-    write_json(path, {_HEADER: json.loads(_header(kind, {})), **record})
+    plain = json.loads(json.dumps(_nulls(record)))
+    header = {**json.loads(_header(kind, {})), _CHECKSUM: _hash_json(plain)}
+    write_json(path, {_HEADER: header, **plain})
+
+
+def _hash_json(value: Any) -> str:
+    return hash_tensors([], json.dumps(value))
 
 
 def load_record(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -233,14 +292,11 @@ def load_record(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: the file is truncated, foreign, or of another kind.
+        FileFormatError: the file is truncated, damaged, foreign, or of another kind.
     """
     path = _existing(path)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileFormatError(f"{path} is truncated or not a JSON file ({error}).") from error
-    header = record.pop(_HEADER, None) if isinstance(record, dict) else None
-    _check_header(path, kind, json.dumps(header) if header else None)
+    record = read_json(path)
+    header = _check_header(path, kind, json.dumps(record.pop(_HEADER, None)))
+    _check_whole(path, header.get(_CHECKSUM) == _hash_json(record))
     found: dict[str, Any] = _missing_numbers(record)
     return found

@@ -18,7 +18,7 @@ from eigenlens.blocks import left_out_lines
 from eigenlens.config import EigenpruneConfig, search_options
 from eigenlens.decomposition import decompose
 from eigenlens.evaluation import Comparison, Evaluation, compare, evaluate
-from eigenlens.files import FileFormatError, write_json
+from eigenlens.files import load_record, save_record
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.inputs import check_model
@@ -244,7 +244,7 @@ def _edit(
         _left_out(model, config),
     )
     if stages.out is not None:
-        write_json(stages.out / "metrics.json", result.metrics())
+        save_record(stages.out / "metrics.json", "metrics", result.metrics())
     return result
 
 
@@ -384,13 +384,10 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[EigenpruneResult, dict[str
             f"The run in {folder} is not finished: {', '.join(missing)} is not there. "
             f"`eigenlens run --config {folder / 'config.yaml'} --out {folder}` goes on with it."
         )
-    try:
-        metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileFormatError(f"{folder / 'metrics.json'} is not valid JSON: {error}") from error
     config = EigenpruneConfig.from_yaml(folder / "config.yaml")
     before = Evaluation.load(folder / "before.parquet")
     after = Evaluation.load(folder / "after.parquet")
+    metrics = load_record(folder / "metrics.json", "metrics")
     result = EigenpruneResult(
         config,
         before,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from eigenlens.checksums import hash_tensors
 from eigenlens.inputs import check_data, check_model
 
 P = ParamSpec("P")
@@ -86,7 +87,7 @@ def versions() -> dict[str, str]:
 
 def tensor_hash(tensor: Tensor) -> str:
     """xxh3-128 of a tensor's dtype, shape and bytes."""
-    return _hash([("", tensor)])
+    return hash_tensors([("", tensor)])
 
 
 def rounded_hashes(hashed: Callable[[torch.dtype], str], own: torch.dtype) -> dict[str, str]:
@@ -113,7 +114,9 @@ def hashed_model(model: nn.Module) -> tuple[Callable[[torch.dtype], str], torch.
     """Hash of every parameter of a model in any type, and its own type."""
 
     def hashed(dtype: torch.dtype) -> str:
-        return _hash((name, p.detach().to(dtype)) for name, p in sorted(model.named_parameters()))
+        return hash_tensors(
+            (name, p.detach().to(dtype)) for name, p in sorted(model.named_parameters())
+        )
 
     return hashed, next(model.parameters()).dtype
 
@@ -160,11 +163,11 @@ def model_fingerprint(model: TransformerBridge) -> str:
     check_model(model)
     kept = _kept.get(model)
     if kept is None:
-        return _hash(sorted(model.named_parameters()))
+        return hash_tensors(sorted(model.named_parameters()))
     state = tuple((p.data_ptr(), p._version) for p in model.parameters())
     if state not in kept:
         kept.clear()
-        kept[state] = _hash(sorted(model.named_parameters()))
+        kept[state] = hash_tensors(sorted(model.named_parameters()))
     return kept[state]
 
 
@@ -200,12 +203,3 @@ def keeping_weights(
             return function(model, *args, **kwargs)
 
     return run
-
-
-def _hash(named: Iterable[tuple[str, Tensor]]) -> str:
-    digest = xxhash.xxh3_128()
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -29,7 +29,7 @@ class Stages:
             return
         identity = config.to_yaml() + f"# model {self._fingerprint}, task {task.hash}\n"
         file = out / "config.yaml"
-        if file.is_file() and file.read_text(encoding="utf-8") != identity:
+        if file.is_file() and file.read_bytes() != identity.encode():
             raise ValueError(
                 f"{out} holds a run with another configuration, model or task (see config.yaml "
                 "there). Choose another folder, or delete that one."

@@ -207,7 +207,7 @@ def test_what_an_earlier_version_cached_is_not_trusted(tmp_path, cache):
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
     folder = gguf_files.dequantised(path)
-    old = cache / folder.name.removesuffix("-v2")
+    old = cache / folder.name.removesuffix("-v3")
     folder.rename(old)
     (old / "config.json").write_text("of an earlier version")
     el.load_model(path, device="cpu")

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import gguf
 import torch
-import xxhash
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import (
@@ -31,12 +31,15 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
-from eigenlens.files import FileFormatError, cache_dir
-from eigenlens.models.weight_files import check_file, check_folder, check_loaded
-from eigenlens.models.wording import listed, reason
+from eigenlens.checksums import hash_files
+from eigenlens.files import FileFormatError, cache_dir, load_record, parsing, save_record
+from eigenlens.models.gguf_head import check_sizes, read_head
+from eigenlens.models.weight_files import check_file, check_loaded
+from eigenlens.models.wording import listed
 
 # In the names of cached folders: what an earlier reader wrote, which checked less, is made anew.
-_READER = "v2"
+_READER = "v3"
+_CHECKSUMS = "eigenlens-checksums.json"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
@@ -55,13 +58,9 @@ def dequantised(file: Path) -> Path:
         FileFormatError: a file that is truncated, lacks parts, or does not fit its architecture.
     """
     parts = parts_of(file)
-    digest = xxhash.xxh3_128()
     for part in parts:
         check_file(part)
-        with part.open("rb") as handle:
-            for chunk in iter(lambda: handle.read(1 << 24), b""):
-                digest.update(chunk)
-    folder = _cached(f"{file.stem}-{digest.hexdigest()[:16]}")
+    folder = _cached(f"{file.stem}-{hash_files(parts)[:16]}")
     if not _is_whole(folder):
         _write_folder(folder, lambda target: dequantise(parts, target))
     return folder
@@ -86,11 +85,19 @@ def _is_whole(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     try:
-        check_folder(folder)
-    except FileFormatError:
+        whole = load_record(folder / _CHECKSUMS, "checksums") == _checksums(folder)
+    except (FileNotFoundError, FileFormatError):
+        whole = False
+    if not whole:
         shutil.rmtree(folder, ignore_errors=True)
-        return False
-    return True
+    return whole
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """The hash of each file in a folder of the cache."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {str(path.relative_to(folder)): path for path in files}
+    return {name: hash_files([path]) for name, path in names.items() if name != _CHECKSUMS}
 
 
 def parts_of(file: Path) -> list[Path]:
@@ -121,26 +128,19 @@ def dequantise(parts: Sequence[Path], target: Path) -> None:
     Raises:
         FileFormatError: a file that is truncated, lacks parts, or does not fit its architecture.
     """
-    readers = [_reader(part) for part in parts]
-    _check_parts(parts, readers)
-    if len(parts) == 1:
-        _convert(parts[0], readers[0], target)
-        return
-    # On the disk of the cache: the folder for temporary files is often a small one in memory.
-    with tempfile.TemporaryDirectory(dir=target) as temporary:
-        whole = Path(temporary) / "model.gguf"
-        _join(readers, whole)
-        _convert(whole, _reader(whole), target)
-
-
-def _reader(file: Path) -> gguf.GGUFReader:
-    check_file(file)
-    try:
-        return gguf.GGUFReader(file)
-    except (ValueError, LookupError, OverflowError) as error:
-        raise FileFormatError(
-            f"{file} is truncated or no GGUF file ({reason(error)}): download or copy it again."
-        ) from error
+    readers = [read_head(part) for part in parts]
+    with parsing(parts[0], "GGUF file that transformers reads"):
+        _check_parts(parts, readers)
+        if len(parts) == 1:
+            loaded, words = _read(parts[0], parts[0], readers[0])
+        else:
+            # On the disk of the cache: the folder for temporary files is often one in memory.
+            with tempfile.TemporaryDirectory(dir=target) as temporary:
+                whole = Path(temporary) / "model.gguf"
+                _join(readers, whole)
+                loaded, words = _read(whole, parts[0], read_head(whole))
+    words.save_pretrained(target)
+    _plain_twin(loaded).save_pretrained(target)
 
 
 def _check_parts(parts: Sequence[Path], readers: Sequence[gguf.GGUFReader]) -> None:
@@ -181,7 +181,11 @@ def _join(readers: Sequence[gguf.GGUFReader], target: Path) -> None:
     writer.close()
 
 
-def _convert(file: Path, reader: gguf.GGUFReader, target: Path) -> None:
+def _read(
+    file: Path, told: Path, reader: gguf.GGUFReader
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a whole file; ``told`` is its name in messages."""
+    check_sizes(reader)
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     loaded, info = AutoModelForCausalLM.from_pretrained(
         **source,
@@ -190,11 +194,9 @@ def _convert(file: Path, reader: gguf.GGUFReader, target: Path) -> None:
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    check_loaded(info, str(file), type(loaded).__name__)
-    _check_all_read(reader, loaded, file)
-    plain = _plain_twin(loaded)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
-    plain.save_pretrained(target)
+    check_loaded(info, str(told), type(loaded).__name__)
+    _check_all_read(reader, loaded, told)
+    return loaded, AutoTokenizer.from_pretrained(**source)
 
 
 def _check_all_read(reader: gguf.GGUFReader, model: PreTrainedModel, file: Path) -> None:
@@ -232,6 +234,7 @@ def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         write(temporary)
+        save_record(temporary / _CHECKSUMS, "checksums", _checksums(temporary))
         if not (folder / "config.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)

@@ -1,6 +1,5 @@
 """Adapters of peft: found beside or in place of a base model, and merged into it when asked."""
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from eigenlens.errors import MissingPackageError
-from eigenlens.files import FileFormatError
+from eigenlens.errors import MissingPackageError, reason
+from eigenlens.files import FileFormatError, read_json
 from eigenlens.models.weight_files import check_file, check_folder, check_loaded
-from eigenlens.models.wording import listed, reason
+from eigenlens.models.wording import listed
 
 CONFIG = "adapter_config.json"
 
@@ -51,10 +50,7 @@ def base_name(folder: Path) -> str:
     """
     if (folder / "config.json").is_file():
         return str(folder)
-    try:
-        name = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise FileFormatError(f"{folder / CONFIG} names no base model ({error!r}).") from error
+    name = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise FileFormatError(f"{folder / CONFIG} names no base model: fill in its path or name.")
     return name

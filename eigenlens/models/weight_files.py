@@ -1,6 +1,6 @@
 """Whether the files of a checkpoint are whole, and whether all its tensors found their place."""
 
-import json
+import os
 import re
 import zipfile
 from collections import Counter
@@ -10,7 +10,8 @@ from typing import Any
 
 import safetensors
 
-from eigenlens.files import FileFormatError
+from eigenlens.errors import short
+from eigenlens.files import FileFormatError, parsing, read_json
 from eigenlens.models.wording import listed
 
 _POINTER = b"version https://git-lfs"
@@ -30,20 +31,14 @@ def check_file(path: Path) -> None:
     Raises:
         FileFormatError: it is empty, a Git LFS pointer or truncated; says what to do.
     """
-    again = "download or copy it again"
     head = _check_no_pointer(path)
     if not head:
-        raise FileFormatError(f"{path} is empty (0 bytes): {again}.")
+        raise FileFormatError(f"{path} is empty (0 bytes): download or copy it again.")
     if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, framework="pt"):
-                pass
-        except safetensors.SafetensorError as error:
-            raise FileFormatError(
-                f"{path} is truncated or no safetensors file ({error}): {again}."
-            ) from error
+        with parsing(path, "safetensors file"), safetensors.safe_open(path, framework="pt"):
+            pass
     elif head.startswith(b"PK") and not zipfile.is_zipfile(path):
-        raise FileFormatError(f"{path} is truncated: {again}.")
+        raise FileFormatError(f"{path} is truncated: download or copy it again.")
 
 
 def _check_no_pointer(path: Path) -> bytes:
@@ -76,15 +71,13 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_shards(index: Path) -> None:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{index} is no index of weights ({error!r}).") from error
-    absent = [name for name in names if not (index.parent / name).is_file()]
+    with parsing(index, "index of weights"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        absent = [name for name in names if not os.path.isfile(index.parent / name)]
     if absent:
         raise FileFormatError(
-            f"{listed(absent)} is not in {index.parent}, though {index.name} lists it: download or "
-            "copy it again."
+            f"{short(listed(absent))} is not in {index.parent}, though {index.name} lists it: "
+            "download or copy it again."
         )
     for name in names:
         check_file(index.parent / name)

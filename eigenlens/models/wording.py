@@ -12,8 +12,3 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 def headline(error: Exception) -> str:
     """The first line of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def reason(error: Exception) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

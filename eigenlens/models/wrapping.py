@@ -19,6 +19,7 @@ from transformer_lens.model_bridge.sources.transformers import (
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eigenlens.blocks import UnsupportedModelError
+from eigenlens.errors import reason
 from eigenlens.files import FileFormatError
 from eigenlens.models.checks import (
     check_causal,
@@ -36,7 +37,6 @@ from eigenlens.models.upstream import (
     refuse_unsupported,
 )
 from eigenlens.models.weight_files import check_loaded
-from eigenlens.models.wording import reason
 
 
 @dataclass(frozen=True)

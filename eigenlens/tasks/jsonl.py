@@ -54,21 +54,21 @@ def jsonl(**arguments: Any) -> Task:
 
 
 def _one_file(config: JsonlConfig) -> tuple[list[Example], list[Example], list[Example]]:
-    test, rest = hold_out(_read(config.path), config.n_test, config.seed, "n_test")
-    validation, rest = hold_out(rest, config.n_validation, config.seed, "n_validation")
-    return take(rest, config.n_train, "n_train"), validation, test
+    path, seed = config.path, config.seed
+    test, rest = hold_out(_read(path), config.n_test, seed, f"{path}: n_test")
+    validation, rest = hold_out(rest, config.n_validation, seed, f"{path}: n_validation")
+    return take(rest, config.n_train, f"{path}: n_train"), validation, test
 
 
 def _file_each(config: JsonlConfig) -> tuple[list[Example], list[Example], list[Example]]:
-    test = take(_read(config.test), config.n_test, "n_test")
+    n, seed = config.n_validation, config.seed
+    test = take(_read(config.test), config.n_test, f"{config.test}: n_test")
     if config.validation is None:
-        validation, rest = hold_out(
-            _read(config.train), config.n_validation, config.seed, "n_validation"
-        )
+        validation, rest = hold_out(_read(config.train), n, seed, f"{config.train}: n_validation")
     else:
-        validation = take(_read(config.validation), config.n_validation, "n_validation")
-        _, rest = hold_out(_read(config.train), 0, config.seed, "n_validation")
-    train = take(rest, config.n_train, "n_train")
+        validation = take(_read(config.validation), n, f"{config.validation}: n_validation")
+        _, rest = hold_out(_read(config.train), 0, seed, f"{config.train}: n_validation")
+    train = take(rest, config.n_train, f"{config.train}: n_train")
     _check_disjoint(train=train, validation=validation, test=test)
     return train, validation, test
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eigenlens.errors import reason, short
+
 
 class DataError(ValueError):
     """A data file or one of its rows is malformed; the message names file and line."""
@@ -25,7 +27,7 @@ class Row:
 
     def error(self, problem: str) -> DataError:
         """The error to raise for this row."""
-        return DataError(f"{self.where}: {problem}.")
+        return DataError(f"{self.where}: {short(problem)}.")
 
     def get(self, name: str) -> Any:
         """Value of a field.
@@ -94,7 +96,7 @@ def _fields(text: str, where: str) -> dict[str, Any]:
             "character itself."
         ) from error
     except (ValueError, RecursionError) as error:  # also of numbers and nestings without end
-        raise DataError(f"{where}: cannot be read: {error}.") from error
+        raise DataError(f"{where}: cannot be read: {reason(error)}.") from error
     if not isinstance(fields, dict):
         raise DataError(f"{where}: expected a JSON object, not {text.strip()[:40]!r}.")
     return fields

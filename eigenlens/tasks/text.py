@@ -107,7 +107,8 @@ def text_examples(
     text = _read(source) if isinstance(source, Path) else source
     passages = _passages(text, tokenizer, n_prompt_tokens, n_answer_tokens)
     if not passages:
-        raise ValueError("The text holds no whole passage. (To read a file, pass a pathlib.Path.)")
+        name = source if isinstance(source, Path) else "The text"
+        raise ValueError(f"{name} holds no whole passage. (To read a file, pass a pathlib.Path.)")
     drawn = passages if n_examples is None else _draw(passages, n_examples, seed, "n_examples")
     return to_dataset(drawn)
 

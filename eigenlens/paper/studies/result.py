@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.files import save_table, write_json, write_text
+from eigenlens.files import parsing, save_table, write_json, write_text
 from eigenlens.plots.export import StaticExportError, export
 from eigenlens.provenance import versions
 
@@ -83,7 +83,8 @@ class Parts:
         path = self._folder / f"{key}.json"
         if not path.is_file():
             write_json(path, make())
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        with parsing(path, "JSON file"):
+            rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         return rows
 
 
