@@ -32,7 +32,6 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: what 
 AllowDtype = Annotated[
     bool, typer.Option("--allow-dtype", help="Use the edit on the same weights in another dtype.")
 ]
-TaskName = Annotated[str | None, typer.Option(help="See `eigenlens tasks`.")]
 TaskArgs = Annotated[list[str] | None, typer.Option(help="key=value, repeatable.")]
 Shared = Annotated[
     bool, typer.Option("--shared", help="One mean for all positions in place of one for each.")

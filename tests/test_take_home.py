@@ -9,9 +9,19 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers as tf
 from test_attach import LONG, TOKENS, generate, plain
 from test_freezing import frozen_half
-from tiny_models import EQUAL, FAMILIES, MIXED
+from tiny_models import (
+    _WIDTHS,
+    CONFIGS,
+    EQUAL,
+    FAMILIES,
+    MIXED,
+    VOCAB,
+    word_tokenizer,
+    write_tiny_model,
+)
 
 import eigenlens as el
 from eigenlens.export.low_rank import low_rank_changes
@@ -140,6 +150,49 @@ def test_other_maps_that_get_a_bias_keep_zeros_and_names_are_ggufs(tiny, tiny_fo
     for name, value in baked.state_dict().items():
         assert names.get_name(name, try_suffixes=(".weight", ".bias")), name
         assert value.dtype == torch.float64
+
+
+def test_a_baked_folder_becomes_a_gguf_file(tmp_path, monkeypatch):
+    """Every tensor by llama.cpp's name and in float32; read back, it predicts the same."""
+    config = tf.Qwen2Config(**_WIDTHS | {"num_key_value_heads": 2, "rms_norm_eps": 1e-6})
+    monkeypatch.setitem(CONFIGS, "qwen2", lambda: config)
+    write_tiny_model("qwen2", tmp_path / "base")
+    bridge = el.load_model(tmp_path / "base", device="cpu")
+    frozen = attenuated(bridge, ["W_Q", "W_K", "W_V"])
+    model = plain(tmp_path / "base", torch.float32)
+    el.bake(model, frozen, tmp_path / "baked")
+    baked = plain(tmp_path / "baked", torch.float32)
+    writer = gguf.GGUFWriter(tmp_path / "baked.gguf", "qwen2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(VOCAB)
+    words = [word_tokenizer().convert_ids_to_tokens(i) for i in range(VOCAB)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * VOCAB)
+    writer.add_token_merges([f"{words[7]} {words[8]}"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, value in baked.state_dict().items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs, name
+        assert value.dtype == torch.float32
+        writer.add_tensor(theirs, value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    again = tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="baked.gguf", dtype=torch.float32
+    )
+    with torch.no_grad():
+        found = again.eval()(TOKENS).logits
+    torch.testing.assert_close(found, attached(model, frozen), rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_baked_is_refused_with_a_way_out(tiny, tiny_folder, tmp_path):

@@ -7,7 +7,8 @@ to the model's own, and each map to the output features that it makes there.
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -109,15 +110,25 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
 def places(model: TransformerBridge) -> dict[nn.Module, Place]:
     """Where each linear map of a bridge, by its module, lies in the plain model."""
     found: dict[nn.Module, Place] = {}
+    layouts: dict[Any, list[Place]] = {}
     for path, component, inner in _plain_modules(model.original_model):
         if isinstance(inner, nn.Linear | Conv1D):
             found.setdefault(inner, Place(path))
         if isinstance(component, JointQKVAttentionBridge):
-            parts = [component.q, component.k, component.v]
-            found |= _split_places(path, inner, component.split_qkv_matrix, parts)
+            split, parts = component.split_qkv_matrix, [component.q, component.k, component.v]
         elif isinstance(component, JointGateUpMLPBridge):
-            parts = [component.gate, getattr(component, "in")]
-            found |= _split_places(path, inner, component.split_gate_up_matrix, parts)
+            split, parts = (
+                component.split_gate_up_matrix,
+                [component.gate, getattr(component, "in")],
+            )
+        else:
+            continue
+        linears = _linears_below(inner)
+        alike = type(inner), *((name, linear.weight.shape) for name, linear in linears.items())
+        if alike not in layouts:
+            layouts[alike] = _layout(inner, linears, split)
+        for part, below in zip(parts, layouts[alike], strict=True):
+            found[part.original_component] = replace(below, module=f"{path}.{below.module}")
     return found
 
 
@@ -148,46 +159,42 @@ def _plain_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.
         yield from _plain_modules(child, f"{path}.{name}".lstrip("."))
 
 
-def _split_places(
-    path: str,
-    component: nn.Module,
-    split: Callable[[nn.Module], tuple[nn.Module, ...]],
-    parts: list[GeneralizedComponent],
-) -> dict[nn.Module, Place]:
-    """Split matrices that hold the number of each output, to see which part gets which."""
-    linears = {
-        f"{path}.{below}": inner
-        for below, _, inner in _plain_modules(component)
+def _linears_below(component: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    return {
+        path: inner
+        for path, _, inner in _plain_modules(component)
         if isinstance(inner, nn.Linear | Conv1D)
     }
+
+
+def _layout(
+    component: nn.Module,
+    linears: dict[str, nn.Linear | Conv1D],
+    split: Callable[[nn.Module], tuple[nn.Module, ...]],
+) -> list[Place]:
+    """Split matrices that hold the number of each output, to see which part gets which."""
     weights = {name: linear.weight for name, linear in linears.items()}
     names: list[str] = []
-    start = 0
     try:
         for name, linear in linears.items():
             rows, columns = linear.weight.shape
             n_out = columns if isinstance(linear, Conv1D) else rows
-            number = torch.arange(start, start + n_out, dtype=torch.float64)
+            number = torch.arange(len(names), len(names) + n_out, dtype=torch.float64)
             if not isinstance(linear, Conv1D):
                 number = number[:, None]
-            linear.weight = nn.Parameter(
-                number.expand(rows, columns).contiguous(), requires_grad=False
-            )
+            numbered = number.expand(rows, columns).contiguous()
+            linear.weight = nn.Parameter(numbered, requires_grad=False)
             names += [name] * n_out
-            start += n_out
         with torch.random.fork_rng(devices=[]):
             pieces = split(component)
     finally:
         for name, linear in linears.items():
             linear.weight = weights[name]
-    found = {}
-    for part, piece in zip(parts, pieces, strict=True):
+    found = []
+    for piece in pieces:
         weight = piece.weight
         assert isinstance(weight, Tensor)
         numbers = weight[:, 0].long()  # every piece is an nn.Linear
         name = names[int(numbers[0])]
-        features = numbers - names.index(name)
-        own = part.original_component
-        assert own is not None
-        found[own] = Place(name, features)
+        found.append(Place(name, numbers - names.index(name)))
     return found
