@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.files import load_table, save_table
 from eigenlens.inputs import check_data
-from eigenlens.metrics import answer_logits, answer_loss, check_eval_mode, precise
+from eigenlens.metrics import answer_logits, check_eval_mode, checked_losses
 from eigenlens.provenance import Provenance, data_hash
 from eigenlens.tasks.batches import Batch, make_batches
 from eigenlens.tasks.candidates import candidates_of, check_distinct, with_answers
@@ -157,7 +157,8 @@ def evaluate(
     Raises:
         ValueError: no ``TransformerBridge`` or one in training mode; no ``Dataset`` of prompts and
             answers, or an empty one; examples that do not tokenise or fit the context; an
-            answer that is not among its candidates, or two candidates that are the same tokens.
+            answer that is not among its candidates, or two candidates that are the same tokens; a
+            loss that is NaN.
     """
     check_eval_mode(model)
     check_data(data)
@@ -179,8 +180,8 @@ def evaluate(
 
 
 def _measure(model: TransformerBridge, batch: Batch) -> dict[int, dict[str, Any]]:
-    logits = precise(answer_logits(model, batch))
-    loss = answer_loss(logits, batch)
+    logits = answer_logits(model, batch)
+    loss = checked_losses(logits, batch)
     best, asked, there = (x.cpu() for x in (logits.argmax(-1), batch.answer, batch.answer_mask))
     correct = ((best == asked) | ~there).all(-1)
     predicted = [
@@ -233,8 +234,7 @@ def _losses(
     others, rows = with_answers(data, answers), [row for row, _ in answers]
     with torch.no_grad():
         for batch in make_batches(others, model, batch_size, rows=rows):
-            loss = answer_loss(precise(answer_logits(model, batch)), batch)
-            losses[batch.indices] = loss.cpu().numpy()
+            losses[batch.indices] = checked_losses(answer_logits(model, batch), batch).numpy()
     return losses
 
 
@@ -260,7 +260,7 @@ def perplexity(model: TransformerBridge, data: Dataset, *, batch_size: int = 50)
     nats, n_tokens = 0.0, 0
     with torch.no_grad():
         for batch in make_batches(data, model, batch_size):
-            nats += float(answer_loss(precise(answer_logits(model, batch)), batch).sum())
+            nats += float(checked_losses(answer_logits(model, batch), batch).sum())
             n_tokens += int(batch.answer_mask.sum())
     return math.exp(nats / n_tokens)
 

@@ -4,6 +4,7 @@
 gets better, so that a negative score (the metric is predicted to fall) means a harmful component.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -67,6 +68,24 @@ def answer_loss(
     others = logits.scatter(-1, answer, -torch.inf).logsumexp(-1)
     odds = logits.gather(-1, answer)[..., 0] - others
     return -(F.logsigmoid(odds) * batch.answer_mask).sum(-1)
+
+
+def checked_losses(
+    logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
+) -> Float[Tensor, " batch"]:
+    """:func:`answer_loss` on the CPU, of logits of any type.
+
+    Raises:
+        ValueError: a loss is NaN, which would pass for a wrong answer.
+    """
+    losses = answer_loss(precise(logits), batch).cpu()
+    for index, loss in zip(batch.indices, losses.tolist(), strict=True):
+        if math.isnan(loss):
+            raise ValueError(
+                f"The loss of example {index} is NaN: the model's activations overflow or hold "
+                "NaN. Try dtype=float32, and check the weights."
+            )
+    return losses
 
 
 def logit_diff(wrong: Tensor) -> Metric:

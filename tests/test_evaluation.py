@@ -10,6 +10,7 @@ from tiny_models import MIXED, dataset
 import eigenlens as el
 from eigenlens.evaluation import majority_accuracy, wilson_interval
 from eigenlens.provenance import Provenance
+from eigenlens.tasks.batches import make_batches
 
 
 def evaluation(correct, loss):
@@ -197,3 +198,18 @@ def test_save_load_and_training_mode(tiny, tiny_folder, tmp_path):
     model = el.load_model(tiny_folder("gpt2"), device="cpu").train()
     with pytest.raises(ValueError, match="training mode"):
         el.evaluate(model, MIXED)
+
+
+@pytest.mark.parametrize("measure", [el.evaluate, el.perplexity])
+def test_a_loss_that_is_nan_is_no_wrong_answer(tiny, measure):
+    model = tiny("gpt2")
+
+    def spoil(value, hook):
+        return value.index_fill(0, torch.tensor([0]), torch.nan)
+
+    first = make_batches(MIXED, model, 50)[0].indices[0]
+    with (
+        model.hooks(fwd_hooks=[("unembed.hook_in", spoil)]),
+        pytest.raises(ValueError, match=f"The loss of example {first} is NaN"),
+    ):
+        measure(model, MIXED)
