@@ -48,7 +48,7 @@ class Protection:
         *,
         unseen: Mapping[str, Dataset] | None = None,
         bound: float = 0.05,
-        price: float = 6.0,
+        price: float = 12.0,
         weight: float = 10.0,
         batch_size: int = 50,
     ) -> None:
