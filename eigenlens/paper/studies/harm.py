@@ -8,7 +8,7 @@ from eigenlens.paper.studies.grid import grid_study
 from eigenlens.paper.studies.views import INTERVALS, own, percent, pooled, variant_dots
 
 QUESTION = "What does an edit cost elsewhere, and which means keep that low?"
-MINUTES = 75
+MINUTES = 25
 
 
 run = grid_study(__name__)
