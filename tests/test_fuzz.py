@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,26 @@ def right_adapter(content: bytes, found: str, whole: str) -> bool:
     return found == json.loads(content)["base_model_name_or_path"]
 
 
+def write_head(path: Path) -> None:
+    """Every kind of value and next to no weights, so that damage hits the head."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_float64("a.f64", 0.1)
+    writer.add_int8("a.i8", -3)
+    writer.add_uint64("a.u64", 2**40)
+    writer.add_bool("a.bool", True)
+    writer.add_array("a.ints", [1, 2, 3])
+    writer.add_array("a.floats", [0.5, 1.5])
+    writer.add_array("a.bools", [True, False])
+    writer.add_token_list(["<s>", "größer", "Ġ"])
+    for number, kind in enumerate((np.float32, np.float16, np.int32)):
+        writer.add_tensor(f"blk.{number}.weight", np.arange(6, dtype=kind).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def read_gguf(path: Path) -> gguf.GGUFReader:
     return read_head(path)
 
@@ -258,7 +278,10 @@ def right_gguf(content: bytes, found: gguf.GGUFReader, whole: Any) -> bool:
     tensors = {
         t.name: (t.shape.tolist(), int(t.tensor_type), int(t.data_offset)) for t in found.tensors
     }
-    return same(repr(values), repr(plain.values)) and tensors == plain.tensors
+    parts = sorted((int(t.data_offset), int(t.data_offset) + t.n_bytes) for t in found.tensors)
+    apart = all(stop <= start for (_, stop), (start, _) in pairwise(parts))
+    inside = all(stop <= len(content) for _, stop in parts)
+    return repr(values) == repr(plain.values) and tensors == plain.tensors and apart and inside
 
 
 def write_parts(path: Path) -> None:
@@ -460,9 +483,9 @@ READERS = {
         right_adapter,
     ),
     "gguf": Reader(
-        1500,
+        2500,
         "tiny.gguf",
-        lambda path, _: write_gguf(path),
+        lambda path, _: write_head(path),
         lambda path, _: read_gguf(path),
         right_gguf,
     ),
