@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eigenlens.yaml_texts import parse_yaml
-
 app = typer.Typer(
     help="Find, freeze and explain the singular directions of transformer weights.",
     no_args_is_help=True,
@@ -63,9 +61,10 @@ def _pairs(values: list[str], option: str) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """A number, truth value, null, list or mapping written as YAML; all else is text as it is.
 
-    So is what YAML would read as something else by surprise: ``~`` and comments (nothing), dates,
-    and the names of files that begin with a sign.
+    So are YAML's surprises: ``~`` and comments (nothing), dates, file names that begin with a sign.
     """
+    from eigenlens.yaml_texts import parse_yaml
+
     try:
         value = parse_yaml(text)
     except ValueError:
