@@ -61,7 +61,7 @@ def complaint(reader: Reader, path: Path, content: bytes, whole: Any, sample: Sa
         text = str(error)
         if type(error) not in reader.errors:
             return f"raises {error!r}"
-        if path.parent.name not in text or "\n" in text or len(text) > 3000:
+        if path.name not in text or "\n" in text or len(text) > 3000:
             return f"says {text[:3000]!r}"
         return None
     except (Exception, Hang) as error:
