@@ -180,6 +180,56 @@ def test_damaged_files_are_named(tmp_path, cache, content, told):
     assert not cache.exists() or not list(cache.iterdir())
 
 
+def number(value, size=8):
+    """Bytes of a number."""
+    return value.to_bytes(size, "little")
+
+
+TYPES = "tokenizer.ggml.token_type"
+
+
+@pytest.mark.parametrize(
+    ("name", "distance", "data", "told"),
+    [
+        ("GGUF", 4, number(2**60), "it ends at byte"),  # tensors
+        ("GGUF", 12, number(2**60), "it ends at byte"),  # metadata
+        (TYPES, 8, number(2**60), "an array of 1,152,921,504,606,846,976 values"),
+        (TYPES, 8, number(2**21), "it ends at byte"),
+        ("llama.block_count", 4, number(2**30, 4), "block_count is 1073741824"),
+        ("llama.embedding_length", 4, number(2**30, 4), "embedding_length is 1073741824"),
+        ("llama.block_count", -1, b"d", "block_count is missing"),
+        ("llama.embedding_length", -1, b"g", "embedding_length is missing"),
+        ("general.architecture", -1, b"_", "general.architecture"),
+        ("general.architecture", 12, b"xxxxx", "xxxxx.block_count is missing"),
+        ("general.architecture", 12, b"\xff", "utf-8"),
+        ("blk.0.attn_q.weight", 0, number(2**31, 4), "it ends at byte"),  # dimensions
+        ("blk.0.attn_q.weight", 4, number(2**60), "it ends at byte|reshape"),
+    ],
+)
+def test_a_damaged_head_neither_hangs_nor_fills_the_memory(tmp_path, name, distance, data, told):
+    """Bytes that stand at a distance behind a name are others."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    whole = path.read_bytes()
+    place = whole.index(name.encode()) + len(name) + distance
+    path.write_bytes(whole[:place] + data + whole[place + len(data) :])
+    with pytest.raises(FileFormatError, match=rf"tiny\.gguf is truncated or no GGUF .*({told})"):
+        gguf_files.dequantised(path)
+
+
+def test_tensors_follow_one_another(tmp_path):
+    """A tensor that is said to lie elsewhere would be made of another one's numbers."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    whole = path.read_bytes()
+    found = gguf.GGUFReader(path).tensors[2]
+    entry = whole.index(found.name.encode()) + len(found.name)
+    place = entry + 4 + 8 * len(found.shape) + 4  # number of sizes, sizes, type
+    path.write_bytes(whole[:place] + bytes(8) + whole[place + 8 :])
+    with pytest.raises(FileFormatError, match=rf"{found.name} begins at"):
+        gguf_files.dequantised(path)
+
+
 def test_a_damaged_part_is_named(tmp_path):
     parts = split(tmp_path)
     parts[1].write_bytes(parts[1].read_bytes()[:-300])
@@ -199,8 +249,12 @@ def test_a_damaged_cache_is_made_anew(tmp_path):
     write_gguf(path)
     whole = el.load_model(path, device="cpu")(TOKENS)
     weights = gguf_files.dequantised(path) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert torch.equal(el.load_model(path, device="cpu")(TOKENS), whole)
+    content = weights.read_bytes()
+    for damaged in (content[:-100], content[:-2] + bytes([content[-2] ^ 64]) + content[-1:]):
+        weights.unlink()
+        weights.write_bytes(damaged)
+        assert torch.equal(el.load_model(path, device="cpu")(TOKENS), whole)
+        assert weights.read_bytes() == content
 
 
 def test_what_an_earlier_version_cached_is_not_trusted(tmp_path, cache):

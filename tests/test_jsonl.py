@@ -157,3 +157,12 @@ def test_bad_arguments(write, tmp_path):
         el.load_task("jsonl", path=tmp_path / "absent.jsonl")
     with pytest.raises(DataError, match="is empty"):
         el.load_task("jsonl", path=write("none.jsonl", []))
+
+
+def test_complaints_name_the_file_and_quote_little(write):
+    with pytest.raises(ValueError, match=r"one\.jsonl: n_test=1 of 1 examples leaves none"):
+        el.load_task("jsonl", path=write("one.jsonl", ROWS[:1]))
+    long = write("long.jsonl", [{"prompt": "a", "answer": " b", "candidates": ["x" * 9999]}])
+    with pytest.raises(DataError, match=r"long\.jsonl, line 1: .* is not among") as caught:
+        el.load_task("jsonl", path=long)
+    assert len(str(caught.value)) < 1500

@@ -125,6 +125,15 @@ def test_shards_load_and_a_missing_one_is_named(folder):
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(FileFormatError, match=r"index\.json holds no JSON object"):
         el.load_model(folder, device="cpu")
+    for names in ("[1]", '{"w": 5}', '{"w": ["a"]}', "null", "{" * 99_999):
+        (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {names}}}')
+        with pytest.raises(FileFormatError, match=r"index\.json is truncated or no"):
+            el.load_model(folder, device="cpu")
+    for name in ("x" * 5000, "\0", ""):
+        content = json.dumps({"weight_map": {"w": name}})
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(FileFormatError, match=r"is not in .*index\.json lists it"):
+            el.load_model(folder, device="cpu")
 
 
 def test_a_damaged_file_in_the_cache_of_the_hub_is_named(folder, monkeypatch):
