@@ -18,7 +18,7 @@ def one_shot(tmp_path_factory):
     """Freezing by the worst case, as the paper's code ranks."""
     config = el.EigenpruneConfig(
         model="smollm2-135m", task="int_add", task_args={"low": 10, "high": 30}, criterion="max",
-        search="one_shot", search_args={"fractions": [0.4]}, device="cpu",
+        reference="mean", protect={}, search="one_shot", search_args={"fractions": [0.4]}, device="cpu",
     )  # fmt: skip
     out = tmp_path_factory.mktemp("runs") / "one_shot"
     return pipeline.run(config, out, progress=False), out
@@ -37,7 +37,7 @@ def test_learned_gates_teach_it_to_add(tmp_path):
     """A third of the steps of the default; three times as many reach more (figures/searches.md)."""
     config = el.EigenpruneConfig(
         model="smollm2-135m", task="int_add", task_args=TASK, device="cpu",
-        search_args={"steps": 80},
+        protect={}, search_args={"steps": 80},
     )  # fmt: skip
     result = pipeline.run(config, tmp_path, progress=False)
     assert result.frozen.edit == "frozen"
