@@ -60,7 +60,7 @@ class EigenlensLM(HFLM):
 
         Args:
             pretrained: short name, folder, GGUF file or Hub name (default: the edit's own model).
-            edit: ``frozen.safetensors`` of a run; without it, the model is measured as it is.
+            edit: ``frozen.safetensors``; without it, the model is measured as it is.
             shared: one mean for all positions in place of one for each.
             allow_dtype: use the edit on the same weights in another dtype.
             dtype: of the weights (default: what the edit was made in, else the checkpoint's own).

@@ -197,3 +197,9 @@ def test_the_command_starts_the_harness():
     command = [sys.executable, "-m", "eigenlens.lm_eval", "run", "--help"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--model_args" in found.stdout
+
+
+def test_without_the_harness_its_extra_is_named():
+    code = "import sys; sys.modules['lm_eval'] = None; import eigenlens.lm_eval"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'eigenlens[lm-eval]'" in found.stderr.splitlines()[-1]
