@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from eigenlens import cli_edits
-from eigenlens.cli_output import clear_errors, console, errors, say
+from eigenlens.cli_output import AsJson, clear_errors, console, errors, say, say_json
 from eigenlens.cli_values import expanded, pairs, split
 
 app = typer.Typer(
@@ -16,7 +16,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (cli_edits.apply, cli_edits.evaluate, cli_edits.export):
+for command in (
+    *(cli_edits.apply, cli_edits.evaluate, cli_edits.export),
+    *(cli_edits.push, cli_edits.pull),
+):
     app.command()(command)
 
 
@@ -84,6 +87,7 @@ def run(
         Path,
         typer.Option(help="Run folder; a run that was interrupted goes on.", callback=expanded),
     ] = Path("runs/run"),
+    as_json: AsJson = False,
 ) -> None:
     """Score, search, freeze, and measure a task before and after."""
     with clear_errors():
@@ -132,6 +136,9 @@ def run(
         settings = pipeline.EigenpruneConfig.make(**(base | options))
         result = pipeline.run(settings, out)
         _draw(result, out)
+        if as_json:
+            say_json(result.metrics())
+            return
         console.print(_before_and_after(result))
         for line in result.left_out:
             say(line)
@@ -173,10 +180,18 @@ def _before_and_after(result: Any) -> Table:
 
 
 @app.command()
-def models() -> None:
+def models(as_json: AsJson = False) -> None:
     """List the short names of models."""
     from eigenlens.models import KNOWN_MODELS
 
+    if as_json:
+        say_json(
+            [
+                {"name": name, "what": m.description, "hub": m.hub, "package": m.requirement}
+                for name, m in KNOWN_MODELS.items()
+            ]
+        )
+        return
     table = Table("name", "what it is", "Hub", "package")
     for name, known in KNOWN_MODELS.items():
         table.add_row(name, known.description, known.hub or "", known.requirement or "")
@@ -212,13 +227,17 @@ def architectures(
 
 
 @app.command()
-def tasks() -> None:
+def tasks(as_json: AsJson = False) -> None:
     """List the tasks."""
     from eigenlens.tasks import TASKS
 
+    what = {n: inspect.cleandoc(build.__doc__ or "").splitlines()[0] for n, build in TASKS.items()}
+    if as_json:
+        say_json([{"name": name, "what": text} for name, text in what.items()])
+        return
     table = Table("name", "what it is")
-    for name, build in TASKS.items():
-        table.add_row(name, inspect.cleandoc(build.__doc__ or "").splitlines()[0])
+    for row in what.items():
+        table.add_row(*row)
     console.print(table)
 
 

@@ -1,6 +1,5 @@
-"""The commands that use a finished edit: ``eigenlens apply``, ``evaluate`` and ``export``."""
+"""The commands for finished edits: ``apply``, ``evaluate``, ``export``, ``push`` and ``pull``."""
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from eigenlens.cli_output import clear_errors, console, say
+from eigenlens.cli_output import AsJson, clear_errors, console, say, say_json
 from eigenlens.cli_values import expanded, pairs
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def apply(
     dtype: Dtype = None,
     device: Device = None,
     allow_dtype: AllowDtype = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write on from prompts before and after an edit, side by side."""
     with clear_errors():
@@ -76,7 +75,7 @@ def apply(
         if as_json:
             names = ("prompt", "before", "after")
             texts = [dict(zip(names, row, strict=True)) for row in rows]
-            print(json.dumps(texts, indent=2, ensure_ascii=False))
+            say_json(texts)
             return
         table = Table("prompt", "before", "after", show_lines=True)
         for row in rows:
@@ -95,7 +94,7 @@ def evaluate(
     dtype: Dtype = None,
     device: Device = None,
     allow_dtype: AllowDtype = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a task before and after an edit."""
     with clear_errors():
@@ -116,7 +115,7 @@ def evaluate(
         test = compare(before, after)
         if as_json:
             numbers = {"before": before.summary(), "after": after.summary()}
-            print(json.dumps({**numbers, "comparison": test.summary()}, indent=2))
+            say_json({**numbers, "comparison": test.summary()})
             return
         table = Table(
             title=f"{task}: {len(frozen):,} components {frozen.edit}",
@@ -175,10 +174,43 @@ def export(
         say(f"Written to {out}")
 
 
+Repo = Annotated[str, typer.Argument(help="NAME, or OWNER/NAME, of a repository on the Hub.")]
+
+
+def push(
+    edit: Edit,
+    repo: Repo,
+    private: Annotated[bool, typer.Option("--private", help="If it is made anew.")] = False,
+) -> None:
+    """Put an edit on the Hugging Face Hub, with a card; of a run folder, with what it measured."""
+    with clear_errors():
+        from eigenlens.export import hub
+
+        say(f"Pushed to {hub.push(_file(edit), repo, private=private)}")
+
+
+def pull(
+    repo: Repo,
+    out: Annotated[
+        Path, typer.Option(help="Folder to write frozen.safetensors to.", callback=expanded)
+    ] = Path(),
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+) -> None:
+    """Fetch an edit from the Hugging Face Hub."""
+    with clear_errors():
+        from eigenlens.export import hub
+
+        say(f"Edit: {hub.pull(repo, out, revision=revision)}")
+
+
+def _file(edit: Path) -> Path:
+    return edit / "frozen.safetensors" if edit.is_dir() else edit
+
+
 def _frozen(edit: Path, *, shared: bool = False) -> "FrozenSet":
     from eigenlens.frozen_set import FrozenSet
 
-    frozen = FrozenSet.load(edit / "frozen.safetensors" if edit.is_dir() else edit)
+    frozen = FrozenSet.load(_file(edit))
     return frozen.shared() if shared else frozen
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +17,16 @@ errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
 def say(text: str) -> None:
     """Print a text as it is, without line breaks in its paths."""
     console.print(text, soft_wrap=True)
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
+
+
+def say_json(value: Any) -> None:
+    """Print a value for programs to read, and nothing else with it."""
+    from eigenlens.files import json_text
+
+    print(json_text(value))
 
 
 @contextmanager

@@ -86,9 +86,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; NaN and infinity, which JSON lacks, as null."""
-    text = json.dumps(_nulls(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    """Write ``value`` as :func:`json_text`, atomically."""
+    write_text(path, json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """``value`` as indented JSON; NaN and infinity, which JSON lacks, as null."""
+    return json.dumps(_nulls(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _nulls(value: Any) -> Any:

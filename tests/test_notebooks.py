@@ -42,8 +42,8 @@ def manager(tmp_path_factory):
         yield manager
 
 
-def test_all_six_are_there():
-    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06"]
+def test_all_seven_are_there():
+    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06", "07"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,8 @@ def one_shot(tmp_path_factory):
     """Freezing by the worst case, as the paper's code ranks."""
     config = el.EigenpruneConfig(
         model="smollm2-135m", task="int_add", task_args={"low": 10, "high": 30}, criterion="max",
-        reference="mean", protect={}, search="one_shot", search_args={"fractions": [0.4]}, device="cpu",
+        reference="mean", protect={}, search="one_shot", search_args={"fractions": [0.4]},
+        device="cpu",
     )  # fmt: skip
     out = tmp_path_factory.mktemp("runs") / "one_shot"
     return pipeline.run(config, out, progress=False), out
