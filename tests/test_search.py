@@ -480,6 +480,10 @@ def test_protected_data_stay_within_their_bound(arith, search):
     found = search(model, base, task.train, task.validation, protect=protect, **options)
     row = found.protected.iloc[0]
     assert row["divergence"] <= 0.02
+    if search is learn:
+        chosen = found.trace[found.trace["chosen"]].iloc[0]
+        assert 0 < chosen["divergence"] <= 0.02
+        assert found.trace["divergence"].iloc[0] == 0
     with el.freeze(model, found.frozen):
         assert protect.measure()["sums"] == pytest.approx(row["divergence"])
     assert row["accuracy_before"] - row["accuracy_after"] < 0.1

@@ -139,7 +139,7 @@ def learned(
             bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
     frozen = gated(scores, search.best)
     name = "learned (attenuated)" if config.attenuate else "learned (frozen)"
-    table = best_step(search.trace, "within_bound" if protect else None)
+    table = best_step(search.trace, protect.bound if protect else math.inf)
     return SearchResult(name, frozen, table, *([protect.table(frozen)] if protect else []))
 
 
@@ -286,8 +286,7 @@ class _Search:
             # A pass over protected data takes longer than the look itself.
             harm = self._protect.measure() if better and n_open else {}
             allowed = not n_open or (better and self._protect.holds(harm))
-            divergence = max(harm.values()) if harm else None if n_open else 0.0
-            more |= {"divergence": divergence, "within_bound": allowed}
+            more["divergence"] = max(harm.values()) if harm else None if n_open else 0.0
         self.trace.append(trace_row(step, n_open, found, **more))
         self.done = step
         self.looks_since_best += 1

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,16 +90,19 @@ def trace_row(step: int, components: int, found: Evaluation, **more: Any) -> dic
     }
 
 
-def best_step(trace: list[dict[str, Any]], eligible: str | None = None) -> pd.DataFrame:
+def best_step(trace: list[dict[str, Any]], bound: float = math.inf) -> pd.DataFrame:
     """The trace as a table whose ``chosen`` marks its best row, of equal ones the first.
 
     Args:
         trace: rows of :func:`trace_row`.
-        eligible: column that must be true of the chosen row; the first row always may be chosen.
+        bound: most ``divergence`` of the chosen row, where that is a column; the first row, which
+            edits nothing, may always be chosen.
     """
     table = pd.DataFrame(trace)
-    allowed = table[eligible].astype(bool) if eligible else pd.Series(True, index=table.index)
-    allowed.iloc[0] = True
+    allowed = np.ones(len(table), bool)
+    if "divergence" in table:  # NaN where it was not measured
+        allowed = table["divergence"].to_numpy(float) <= bound
+        allowed[0] = True
     columns = ["validation_accuracy", "validation_loss", "components"]
     ranks = [preference(*row) for row in table[columns].itertuples(index=False)]
     best = max(np.flatnonzero(allowed).tolist(), key=lambda row: ranks[row])
