@@ -191,9 +191,9 @@ def save_tensors(
     header = _header(kind, metadata or {})
     checksum = hash_tensors(sorted(contiguous.items()), header)
     with atomic_path(Path(path)) as temporary:
-        safetensors.torch.save_file(
-            contiguous, temporary, metadata={_HEADER: header, _CHECKSUM: checksum}
-        )
+        # Under one name: safetensors writes several in an order that changes from run to run.
+        whole = {_HEADER: f"{header}\n{checksum}"}
+        safetensors.torch.save_file(contiguous, temporary, metadata=whole)
 
 
 def load_tensors(
@@ -207,11 +207,10 @@ def load_tensors(
     """
     path = _existing(path)
     with parsing(path, "safetensors file"), safetensors.safe_open(path, framework="pt") as file:
-        stored = file.metadata() or {}
-        metadata = _check_header(path, kind, stored.get(_HEADER))
+        header, _, checksum = (file.metadata() or {}).get(_HEADER, "").partition("\n")
+        metadata = _check_header(path, kind, header or None)
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        found = hash_tensors(tensors.items(), stored[_HEADER])
-        _check_whole(path, found == stored.get(_CHECKSUM))
+        _check_whole(path, hash_tensors(tensors.items(), header) == checksum)
         return tensors, metadata
 
 
