@@ -408,8 +408,13 @@ def test_weights_are_hashed_and_data_tokenised_once(arith, monkeypatch):
     """There were 84 hashes of all weights and 42 tokenisations in three steps of ``guarded``."""
     model, base, task = arith
     hashes, passes = [], []
-    made, encode = provenance._hash, tokenising._encode
-    monkeypatch.setattr(provenance, "_hash", lambda named: (hashes.append(1), made(named))[1])
+    made, encode = provenance.hash_tensors, tokenising._encode
+
+    def count(named):
+        hashes.append(1)
+        return made(named)
+
+    monkeypatch.setattr(provenance, "hash_tensors", count)
     monkeypatch.setattr(
         tokenising, "_encode", lambda rows, t: (passes.append(len(rows)), encode(rows, t))[1]
     )

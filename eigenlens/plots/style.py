@@ -100,7 +100,7 @@ def signed_log(values: np.ndarray, unit: float) -> np.ndarray:
 
 def signed_log_ticks(values: np.ndarray, unit: float) -> tuple[list[float], list[str]]:
     """Tick positions and labels for :func:`signed_log`: zero and every second power of ten."""
-    largest = float(np.abs(values).max(initial=unit))
+    largest = float(np.nan_to_num(np.abs(values)).max(initial=unit))
     lowest = int(np.log10(unit))
     powers = [p for p in range(lowest, 12) if 10.0**p <= largest * 1.5]
     # What lies within a quarter of the axis is too close to zero for two labels, unless there is
