@@ -18,8 +18,8 @@ def text(table: pd.DataFrame) -> str:
     """What the lines are."""
     return (
         "One mean for all positions does as well as the paper's means by position where gates are "
-        "learned, better where one ranking decides, and costs other text far less; a price per gate "
-        "lowers that cost further, and some accuracy with it. "
+        "learned, better where one ranking decides, and costs other text far less; a price per "
+        "gate lowers that cost further, and some accuracy with it. "
         f"{INTERVALS} `Means by position` is the paper's token-index-dependent bias; with `one "
         "mean`, a coordinate has the same mean at every position, for training gates and for "
         "freezing. A price of λ adds to every gate λ nats of training loss per nat per token that "
