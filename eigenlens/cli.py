@@ -8,7 +8,15 @@ import typer
 from rich.table import Table
 
 from eigenlens import cli_edits
-from eigenlens.cli_output import AsJson, clear_errors, console, errors, say, say_json
+from eigenlens.cli_output import (
+    AsJson,
+    before_and_after,
+    clear_errors,
+    console,
+    errors,
+    say,
+    say_json,
+)
 from eigenlens.cli_values import expanded, pairs, split
 
 app = typer.Typer(
@@ -76,9 +84,7 @@ def run(
         int | None, typer.Option(help="Last prompt positions with a mean of their own.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps (default: CUDA if there is one, else CPU).")
-    ] = None,
+    device: cli_edits.Device = None,
     seed: Annotated[int | None, typer.Option(help="Of the split and of resampling.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file; options override it.", callback=expanded)
@@ -160,19 +166,12 @@ def _draw(result: Any, out: Path) -> None:
 
 
 def _before_and_after(result: Any) -> Table:
-    test = result.comparison
-    table = Table(
-        title=f"{result.config.task} on {result.config.model}: "
+    title = (
+        f"{result.config.task} on {result.config.model}: "
         f"{len(result.frozen):,} of {result.frozen.n_candidates:,} components {result.frozen.edit} "
-        f"({result.frozen.fraction:.2%})",
-        caption=f"{test.n} test examples, {test.gained} gained, {test.lost} lost, "
-        f"McNemar p = {test.p_value:.2g}",
+        f"({result.frozen.fraction:.2%})"
     )
-    for name in ("", "accuracy", "95 % interval", "loss (nats)"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, e in (("before", result.before), ("after", result.after)):
-        low, high = e.interval
-        table.add_row(name, f"{e.accuracy:.1%}", f"{low:.1%} … {high:.1%}", f"{e.loss:.3f}")
+    table = before_and_after(title, result.comparison, result.before, result.after)
     for spared in result.search.protected.to_dict("records"):
         harm = f"{spared['loss_before']:.3f} → {spared['loss_after']:.3f}"
         table.add_row(f"{spared['data']}, loss", "", "", harm)

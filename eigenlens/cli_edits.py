@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from eigenlens.cli_output import AsJson, clear_errors, console, say, say_json
+from eigenlens.cli_output import AsJson, before_and_after, clear_errors, console, say, say_json
 from eigenlens.cli_values import expanded, pairs
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float64 (default: what the edit was made in)."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: what there is).")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, mps (default: CUDA if there is one, else CPU).")
+]
 AllowDtype = Annotated[
     bool, typer.Option("--allow-dtype", help="Use the edit on the same weights in another dtype.")
 ]
@@ -117,19 +119,8 @@ def evaluate(
             numbers = {"before": before.summary(), "after": after.summary()}
             say_json({**numbers, "comparison": test.summary()})
             return
-        table = Table(
-            title=f"{task}: {len(frozen):,} components {frozen.edit}",
-            caption=f"{test.n} {split} examples, {test.gained} gained, {test.lost} lost, "
-            f"McNemar p = {test.p_value:.2g}",
-        )
-        for name in ("", "accuracy", "95 % interval", "choice accuracy", "loss (nats)"):
-            table.add_column(name, justify="right" if name else "left")
-        for name, e in (("before", before), ("after", after)):
-            low, high = e.interval
-            choice = "" if e.choice_accuracy is None else f"{e.choice_accuracy:.1%}"
-            interval = f"{low:.1%} … {high:.1%}"
-            table.add_row(name, f"{e.accuracy:.1%}", interval, choice, f"{e.loss:.3f}")
-        console.print(table)
+        title = f"{task}: {len(frozen):,} components {frozen.edit}"
+        console.print(before_and_after(title, test, before, after, split=split, choices=True))
 
 
 def export(
@@ -216,8 +207,8 @@ def _frozen(edit: Path, *, shared: bool = False) -> "FrozenSet":
 
 def _source(frozen: "FrozenSet", model: str | None, dtype: str | None) -> tuple[str, str]:
     """Which model to load, and in which type."""
-    made_in = next(iter(frozen.provenance.rounded or ["float32"]))
-    return model or frozen.provenance.model, dtype or made_in
+    made = frozen.provenance
+    return model or made.model, dtype or made.dtype or "float32"
 
 
 def _measured(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 # What is printed comes from outside: prompts, paths and names are no markup and no emoji codes.
@@ -27,6 +28,28 @@ def say_json(value: Any) -> None:
     from eigenlens.files import json_text
 
     print(json_text(value))
+
+
+def before_and_after(
+    title: str, test: Any, before: Any, after: Any, *, split: str = "test", choices: bool = False
+) -> Table:
+    """Two evaluations and their comparison ``test``; with ``choices`` their accuracy, too."""
+    table = Table(
+        title=title,
+        caption=f"{test.n} {split} examples, {test.gained} gained, {test.lost} lost, "
+        f"McNemar p = {test.p_value:.2g}",
+    )
+    names = ("accuracy", "95 % interval", *(["choice accuracy"] * choices), "loss (nats)")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for name, e in (("before", before), ("after", after)):
+        low, high = e.interval
+        shares = [f"{e.accuracy:.1%}", f"{low:.1%} … {high:.1%}"]
+        choice = "" if e.choice_accuracy is None else f"{e.choice_accuracy:.1%}"
+        shares += [choice] * choices
+        table.add_row(name, *shares, f"{e.loss:.3f}")
+    return table
 
 
 @contextmanager

@@ -276,7 +276,7 @@ class FrozenSet:
             )
         if not allow_dtype:
             raise WrongModelError(
-                f"This FrozenSet was made for these weights in {next(iter(rounded or ()))}: give "
+                f"This FrozenSet was made for these weights in {self.provenance.dtype}: give "
                 "allow_dtype=True to use it here, and evaluate again."
             )
 

@@ -72,11 +72,12 @@ class EigenlensLM(HFLM):
             ValueError: neither a model nor an edit.
         """
         frozen = None if edit is None else FrozenSet.load(Path(edit).expanduser())
-        name = pretrained or (frozen and frozen.provenance.model)
+        made = frozen and frozen.provenance
+        name = pretrained or (made and made.model)
         if not name:
             raise ValueError("Give --model_args pretrained=MODEL, edit=FILE or both.")
-        made_in = next(iter((frozen and frozen.provenance.rounded) or ["auto"]))
-        super().__init__(resolve(name), dtype=dtype or made_in, **options)
+        kind = dtype or (made and made.dtype) or "auto"
+        super().__init__(resolve(name), dtype=kind, **options)
         self.logits_cache = True  # a pass has a row for all requests that read the same
         if frozen is not None:
             frozen.check_tokenizer(self.tokenizer)

@@ -70,6 +70,14 @@ def answer_loss(
     return -(F.logsigmoid(odds) * batch.answer_mask).sum(-1)
 
 
+def not_a_number(what: str, index: int) -> ValueError:
+    """The error for what is NaN or infinite of an example."""
+    return ValueError(
+        f"The {what} of example {index} is NaN or infinite: the model's activations overflow or "
+        "hold NaN. Try dtype=float32, and check the weights."
+    )
+
+
 def checked_losses(
     logits: Float[Tensor, "batch answer d_vocab"], batch: Batch
 ) -> Float[Tensor, " batch"]:
@@ -81,10 +89,7 @@ def checked_losses(
     losses = answer_loss(precise(logits), batch).cpu()
     for index, loss in zip(batch.indices, losses.tolist(), strict=True):
         if math.isnan(loss):
-            raise ValueError(
-                f"The loss of example {index} is NaN: the model's activations overflow or hold "
-                "NaN. Try dtype=float32, and check the weights."
-            )
+            raise not_a_number("loss", index)
     return losses
 
 

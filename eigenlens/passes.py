@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.matrices import Site
-from eigenlens.metrics import Metric, answer_logits, precise
+from eigenlens.metrics import Metric, answer_logits, not_a_number, precise
 from eigenlens.tasks.batches import Batch
 
 Activation = Float[Tensor, "batch pos head width"]
@@ -39,11 +39,7 @@ class FiniteCheck:
         for what, indices, finite in self._seen:
             for index, fine in zip(indices, finite.tolist(), strict=True):
                 if not fine:
-                    raise ValueError(
-                        f"The {what} of example {index} is NaN or infinite: the model's "
-                        "activations overflow or hold NaN. Try dtype=float32, and check the "
-                        "weights."
-                    )
+                    raise not_a_number(what, index)
 
 
 def record(

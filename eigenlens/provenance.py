@@ -45,6 +45,11 @@ class Provenance(BaseModel):
     rounded: dict[str, str] | None = None
     tokenizer: str | None = None
 
+    @property
+    def dtype(self) -> str | None:
+        """Type of the weights, where hashes of them as rounded were recorded."""
+        return next(iter(self.rounded), None) if self.rounded else None
+
     @classmethod
     def of(
         cls,

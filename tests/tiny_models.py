@@ -5,6 +5,8 @@ import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from eigenlens.architectures.tiny_models import enlarge
+
 VOCAB = 64
 _WIDTHS = {
     "vocab_size": VOCAB,
@@ -85,11 +87,7 @@ def write_tiny_model(family: str, path) -> None:
     """Write a random model with large enough weights for its outputs to differ, and a tokenizer."""
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        elif parameter.ndim >= 2:
-            parameter.data = torch.randn_like(parameter) * 0.8 / parameter.shape[-1] ** 0.5
+    enlarge(model)
     model.save_pretrained(path)
     word_tokenizer().save_pretrained(path)
 

@@ -195,7 +195,7 @@ def tiny_model(architecture: str) -> PreTrainedModel:
         raise NotBootable(f"{type(error).__name__}: {sentence}") from error
     assert isinstance(model, PreTrainedModel)
     model.double().eval()  # some parts stay in float32 whatever the type
-    _enlarge(model)
+    enlarge(model)
     return model
 
 
@@ -221,9 +221,10 @@ def tiny_config(kind: type[PretrainedConfig]) -> PretrainedConfig:
     return kind(**values | own)
 
 
-def _enlarge(model: nn.Module) -> None:
+def enlarge(model: nn.Module) -> None:
+    """Random weights that are large enough for the outputs of two inputs to differ."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
-        else:
+        elif parameter.ndim >= 2:
             parameter.data = torch.randn_like(parameter) * 0.8 / parameter.shape[-1] ** 0.5

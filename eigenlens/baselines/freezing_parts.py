@@ -55,7 +55,7 @@ class FreezingPart(OneShot):
             return FrozenEdit(frozen, bias_only=True)
         if self.part == "zero":
             return FrozenEdit(zeroed(search.model, frozen))
-        return FrozenEdit(replace(frozen, means=frozen.means.shared()))
+        return FrozenEdit(frozen.shared())
 
 
 def zeroed(model: TransformerBridge, frozen: FrozenSet) -> FrozenSet:

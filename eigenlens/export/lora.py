@@ -11,7 +11,7 @@ import re
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from eigenlens.export.low_rank import check_shared, low_rank_changes
+from eigenlens.export.low_rank import adapter_changes, check_shared
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models.peft_adapters import import_peft, write_adapter
 
@@ -32,9 +32,7 @@ def to_lora(model: nn.Module, frozen: FrozenSet, folder: str | os.PathLike[str])
     """
     peft = import_peft("Writing an adapter")
     check_shared(frozen, "A LoRA adapter")
-    if not len(frozen):
-        raise ValueError("This edit freezes nothing: there is no adapter to write.")
-    changes = low_rank_changes(model, frozen)
+    changes = adapter_changes(model, frozen)
     ranks = {re.escape(path): change.down.shape[1] for path, change in changes.items()}
     biased = any(bool(change.bias.any()) for change in changes.values())
     tensors: dict[str, Tensor] = {}

@@ -62,6 +62,17 @@ def low_rank_changes(model: nn.Module, frozen: FrozenSet) -> dict[str, LowRank]:
     return {path: _together(own) for path, own in parts.items()}
 
 
+def adapter_changes(model: nn.Module, frozen: FrozenSet) -> dict[str, LowRank]:
+    """As :func:`low_rank_changes`, for an adapter, which has to change something.
+
+    Raises:
+        ValueError: nothing is frozen.
+    """
+    if not len(frozen):
+        raise ValueError("This edit freezes nothing: there is no adapter to write.")
+    return low_rank_changes(model, frozen)
+
+
 def check_shared(frozen: FrozenSet, what: str) -> None:
     """Raise :class:`PositionBiasError` unless one mean serves all positions."""
     if not frozen.means.is_shared:

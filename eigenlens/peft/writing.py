@@ -6,7 +6,7 @@ import peft
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eigenlens.export.low_rank import low_rank_changes
+from eigenlens.export.low_rank import adapter_changes
 from eigenlens.files import write_text
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models.peft_adapters import write_adapter
@@ -73,9 +73,7 @@ def _adapter(
     model: PreTrainedModel, frozen: FrozenSet
 ) -> tuple[EigenpruneAdapterConfig, dict[str, Tensor]]:
     """Configuration and tensors, by the names of the plain model."""
-    if not len(frozen):
-        raise ValueError("This edit freezes nothing: there is no adapter to write.")
-    changes = low_rank_changes(model, frozen)
+    changes = adapter_changes(model, frozen)
     rows = frozen.means.positions
     config = EigenpruneAdapterConfig(
         task_type="CAUSAL_LM",

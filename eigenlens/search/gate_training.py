@@ -285,7 +285,7 @@ class _Search:
         if self._protect is not None:
             # A pass over protected data takes longer than the look itself.
             harm = self._protect.measure() if better and n_open else {}
-            allowed = not n_open or (better and self._protect.holds(harm))
+            allowed = self._protect.holds(harm)
             more["divergence"] = max(harm.values()) if harm else None if n_open else 0.0
         self.trace.append(trace_row(step, n_open, found, **more))
         self.done = step
