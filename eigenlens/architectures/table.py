@@ -86,12 +86,16 @@ def rows(names: Sequence[str] = (), seconds: float = _SECONDS) -> Iterator[Row]:
 
 
 def _apart(name: str, seconds: float) -> Row:
-    # A fork has everything imported. One thread: others do not survive it.
-    torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(there, name))
-    process.start()
+    # A fork has everything imported. One thread in it: others do not survive.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        process.start()
+    finally:
+        torch.set_num_threads(threads)
     there.close()
     try:
         row: Row = here.recv() if here.poll(seconds) else _refused(name, "it takes too long")
