@@ -1,4 +1,4 @@
-"""The method in one file, against the toolkit: another implementation, and on another model object."""
+"""The method in one file, against the toolkit, which is another implementation of it."""
 
 import ast
 import subprocess
