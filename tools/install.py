@@ -75,7 +75,7 @@ def has(pin: str) -> bool:
 def install_torch(pin: str) -> None:
     """torch alone: what it depends on is in the lock file, but for NVIDIA's libraries."""
     if not wants_gpu_build(pin):
-        run([*PIP, "install", "--no-deps", pin])
+        run([*PIP, "install", "--no-compile", "--no-deps", pin])
     elif has_gpu():
         print("  the build for NVIDIA's GPUs, 3 GB: this takes minutes", flush=True)
         run([*PIP, "install", pin])
@@ -108,11 +108,11 @@ def install_rest(pins: list[str], uv: str | None) -> None:
     """All but torch; pip where uv finds not all, since it does not read pip's configuration."""
     if uv and run([uv, "pip", "install", "--python", PYTHON, "--no-deps", *pins], check=False):
         return
-    run([*PIP, "install", "--no-deps", *pins])
+    run([*PIP, "install", "--no-compile", "--no-deps", *pins])
 
 
 def run(command: list[object], *, check: bool = True) -> bool:
-    """Run a command, with a word on what it is at every few seconds; whether it succeeded."""
+    """Run a command, with a line on what it is at every few seconds; whether it succeeded."""
     process = subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Write the lock files from what is installed: ``python tools/lock.py`` in an environment that works.
+"""Write the lock files from what is installed here: ``python tools/lock.py``.
 
 ``constraints-demo.txt`` holds what ``make demo`` needs, ``constraints.txt`` what the tests and the
 docs need as well. Both are whole closures, so that they can be installed without a resolver.

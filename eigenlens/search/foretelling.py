@@ -29,15 +29,14 @@ def foretold(
         now: a clock, in seconds.
         say: shows the line; by default above the bar.
     """
-    start, done = now(), 0
-    for step in bar:
+    start = now()
+    for done, step in enumerate(bar):
         if done == 1:
             start = now()
         if done == 1 + MEASURED and not bar.disable:
             line = prediction((now() - start) / MEASURED, len(bar) - done, resumable=resumable)
             if line:
                 (say or _above)(line)
-        done += 1
         yield step
 
 
