@@ -112,8 +112,10 @@ def readout(
     Args:
         model: gives embeddings, norms and the maps in between.
         spectra: its decomposition, or that of another object with the same weights.
-        layer, matrix, head, index: the component; head 0 for MLP maps. In a degenerate block, the
-            whole block is described.
+        layer: of the component.
+        matrix: its kind, such as ``W_V``.
+        head: 0 for MLP maps.
+        index: in the order of singular values. In a degenerate block, the whole block is described.
         top: rows of each kind.
 
     Raises:

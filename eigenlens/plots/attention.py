@@ -20,7 +20,8 @@ def attention_change(
 
     Args:
         change: what :func:`eigenlens.activation_change` returned.
-        layer, head: which head; by default the one whose attention changed most.
+        layer: of the head; by default that of the one whose attention changed most.
+        head: which head of it.
 
     Raises:
         ValueError: only one of ``layer`` and ``head``, or no such head.

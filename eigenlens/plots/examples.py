@@ -20,7 +20,8 @@ def example_losses(before: Evaluation, after: Evaluation) -> go.Figure:
     """Loss after against loss before, one mark an example; below the diagonal it has fallen.
 
     Args:
-        before, after: of the same examples. Losses below 1e-4 nats are drawn there.
+        before: of the unedited model. Losses below 1e-4 nats are drawn there.
+        after: of the same examples.
     """
     was, now = (e.examples["correct"].to_numpy(bool) for e in (before, after))
     x, y = (np.maximum(e.examples["loss"].to_numpy(), _FLOOR) for e in (before, after))

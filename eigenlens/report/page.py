@@ -39,7 +39,8 @@ def write_report(
     Args:
         run: folder of :func:`eigenlens.pipeline.run`.
         out: the file to write (default: ``report.html`` in the folder).
-        model, task: those of the run; needed where it had them from memory, and else loaded again.
+        model: that of the run; needed where it had it from memory, and else loaded again.
+        task: likewise.
         inside: draw activations and the circuit of pruned paths, which takes the model. Where that
             is not possible, the page says why and has everything else.
         progress: show progress bars.
