@@ -18,7 +18,9 @@ from tiny_models import write_tiny_model
 
 import eigenlens as el
 
-torch.set_num_threads(2)
+torch.set_num_threads(
+    int(os.environ.get("OMP_NUM_THREADS", "2"))
+)  # one where two tests run at once
 
 
 def pytest_collection_modifyitems(items):
