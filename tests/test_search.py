@@ -175,7 +175,8 @@ def test_learned_gates_help_and_leave_the_model_as_it_was(arith, attenuate):
         base,
         task.train,
         task.validation,
-        steps=120,
+        steps=60,
+        lr=0.3,
         attenuate=attenuate,
     )
     assert loss(model, task.validation) == before
@@ -201,7 +202,7 @@ def test_learned_gates_help_and_leave_the_model_as_it_was(arith, attenuate):
 def test_other_ways_to_train_gates_help_too(arith, options):
     model, base, task = arith
     data = (model, base, task.train, task.validation)
-    found = learn(*data, steps=120, **options)
+    found = learn(*data, steps=60, lr=0.3, **options)
     assert (found.frozen.components["strength"] == 1).all()
     assert found.trace["validation_accuracy"].max() > found.trace["validation_accuracy"][0] + 0.2
 
@@ -341,12 +342,17 @@ def run_search(name, arith, **more):
     "name",
     [
         "iterative",
-        "guarded",
         "learned",
-        "attenuated",
-        "hard concrete",
-        "protected guarded",
-        "protected learned",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "guarded",
+                "attenuated",
+                "hard concrete",
+                "protected guarded",
+                "protected learned",
+            )
+        ),
     ],
 )
 def test_a_killed_search_resumes_to_the_same_result(arith, monkeypatch, tmp_path, name):
@@ -479,7 +485,7 @@ def test_protected_data_stay_within_their_bound(arith, search):
     """The product's rivals cost the sum most of its answers; under protection they may not."""
     model, base, task = arith
     plain = el.load_task("int_add", model.tokenizer, low=0, high=20).train.select(range(60))
-    options = {"steps": 100} if search is learn else {"steps": 4, "step": 8}
+    options = {"steps": 60, "lr": 0.3} if search is learn else {"steps": 4, "step": 8}
     protect = Protection(model, {"sums": plain}, bound=0.02)
     assert protect.measure()["sums"] == pytest.approx(0, abs=1e-9)
     found = search(model, base, task.train, task.validation, protect=protect, **options)
