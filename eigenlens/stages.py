@@ -10,6 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.config import EigenpruneConfig
 from eigenlens.files import FileFormatError, write_text
+from eigenlens.leftovers import sweep
 from eigenlens.provenance import Provenance
 from eigenlens.tasks import Task
 
@@ -27,6 +28,7 @@ class Stages:
         self._fingerprint = Provenance.of(model).model_fingerprint
         if out is None:
             return
+        sweep(out)
         identity = config.to_yaml() + f"# model {self._fingerprint}, task {task.hash}\n"
         file = out / "config.yaml"
         if file.is_file() and file.read_bytes() != identity.encode():
