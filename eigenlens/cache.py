@@ -87,7 +87,7 @@ def kept(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     try:
         save_tensors(path, "decomposition", tensors)
     except UnwritableError as error:
-        warnings.warn(_NOT_KEPT.format(cache_dir(), os.strerror(error.errno)), stacklevel=2)
+        warnings.warn(_NOT_KEPT.format(cache_dir(), os.strerror(error.errno or 0)), stacklevel=2)
     return tensors
 
 

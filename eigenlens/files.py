@@ -69,8 +69,8 @@ def writing(path: Path) -> Iterator[None]:
         advice = "make room" if number in _FULL else "choose a place that can be written to"
         raise UnwritableError(
             number,
-            f"{path} cannot be written ({os.strerror(number)}): {advice}, and start again. What was "
-            "written before is whole.",
+            f"{path} cannot be written ({os.strerror(number)}): {advice}, and start again. What "
+            "was written before is whole.",
         ) from error
 
 

@@ -38,8 +38,8 @@ def alone(folder: Path | None) -> Iterator[None]:
         lock = _taken(folder / _NAME, wait=False)
     if lock is None:
         raise BusyError(
-            f"{folder} is in use by {_holder(folder / _NAME)}: wait until that has ended, or choose "
-            "another folder."
+            f"{folder} is in use by {_holder(folder / _NAME)}: wait until that has ended, or "
+            "choose another folder."
         )
     with _released(lock):
         yield

@@ -87,7 +87,7 @@ def _from_files(
         check_folder(Path(source))
     check_architecture(AutoConfig.from_pretrained(source))
     words = deepcopy(tokenizer) if tokenizer is not None else _tokenizer(source)
-    # What is in the cache, another process may delete or write over; what is elsewhere is the user's.
+    # What is in the cache, another process may write over; what is elsewhere belongs to the user.
     mapped = cache_dir() not in Path(source).parents
     return wrap_files(source, words, dtype, device or torch.device(get_device()), mapped=mapped)
 
