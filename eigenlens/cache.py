@@ -21,7 +21,6 @@ from eigenlens.files import (
     load_tensors,
     save_tensors,
 )
-from eigenlens.leftovers import sweep
 
 LIMIT_GB = 20.0
 _DECOMPOSITIONS, _MODELS = "bases", "models"
@@ -93,8 +92,6 @@ def kept(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def trim(limit_gb: float | None = None) -> None:
     """Delete the decompositions that were not used for the longest time, down to the limit."""
-    for folder in (cache_dir() / _DECOMPOSITIONS).glob("*"):
-        sweep(folder)
     left = (LIMIT_GB if limit_gb is None else limit_gb) * 1e9
     for entry in _decompositions():
         left -= entry.size

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from eigenlens.checksums import hash_tensors, is_whole, sealed
 from eigenlens.errors import reason
-from eigenlens.leftovers import temporary_beside
+from eigenlens.leftovers import sweep, temporary_beside
 from eigenlens.yaml_texts import parse_yaml
 
 _HEADER, _CHECKSUM = "eigenlens", "checksum"
@@ -115,6 +115,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent)
             yield temporary
             os.replace(temporary, path)
     finally:

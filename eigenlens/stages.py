@@ -12,7 +12,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.config import EigenpruneConfig, search_options
 from eigenlens.files import FileFormatError, write_text
 from eigenlens.identity import conditions, defaults
-from eigenlens.leftovers import sweep
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES
 from eigenlens.scoring import score
 from eigenlens.search import Protection
@@ -37,7 +36,6 @@ class Stages:
         self.seconds: dict[str, float] = {}
         if out is None:
             return
-        sweep(out)
         file, said = out / "config.yaml", config.to_yaml()
         depends = {**conditions(model), "task": task.hash, **_defaults(config)}
         depends = json.loads(json.dumps(depends, default=str))

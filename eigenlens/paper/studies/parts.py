@@ -10,7 +10,6 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.files import FileFormatError, load_record, save_record
 from eigenlens.identity import conditions, identity_hash
-from eigenlens.leftovers import sweep
 from eigenlens.locks import in_turn
 from eigenlens.models import load_model
 from eigenlens.tasks import Task
@@ -35,8 +34,6 @@ class Parts:
     def __init__(self, folder: Path | None) -> None:
         """Keep parts in ``folder``, or nowhere."""
         self._folder = folder
-        if folder is not None:
-            sweep(folder)
 
     def do(self, key: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """The rows of a part: read back, or made and written; a damaged one is made again."""
