@@ -6,6 +6,7 @@ Decompositions are named by a hash of the weight they are of. Together they take
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,10 +14,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from eigenlens.files import FileFormatError, cache_dir, load_tensors, save_tensors
+from eigenlens.files import (
+    FileFormatError,
+    UnwritableError,
+    cache_dir,
+    load_tensors,
+    save_tensors,
+)
 
 LIMIT_GB = 20.0
 _DECOMPOSITIONS, _MODELS = "bases", "models"
+_NOT_KEPT = (
+    "Decompositions cannot be kept in {} ({}) and are made each time: make room there, or name "
+    "another folder in EIGENLENS_CACHE."
+)
 
 
 @dataclass(frozen=True)
@@ -33,19 +44,22 @@ def entries() -> list[Entry]:
     """What the cache holds, last used first."""
     found = _decompositions()
     for folder in (cache_dir() / _MODELS).glob("*"):
-        if folder.is_dir():
+        with suppress(FileNotFoundError):  # deleted by another process in between
             files = [path.stat() for path in folder.rglob("*") if path.is_file()]
             size = sum(file.st_size for file in files)
-            found.append(Entry("model", folder, size, folder.stat().st_mtime))
+            if folder.is_dir():
+                found.append(Entry("model", folder, size, folder.stat().st_mtime))
     return sorted(found, key=lambda entry: -entry.used)
 
 
 def _decompositions() -> list[Entry]:
     """Decompositions, last used first."""
-    files = (cache_dir() / _DECOMPOSITIONS).glob("*/*.safetensors")
-    found = [(path, path.stat()) for path in files]
-    kept = [Entry("decomposition", path, s.st_size, s.st_mtime) for path, s in found]
-    return sorted(kept, key=lambda entry: -entry.used)
+    found = []
+    for path in (cache_dir() / _DECOMPOSITIONS).glob("*/*.safetensors"):
+        with suppress(FileNotFoundError):  # deleted by another process in between
+            s = path.stat()
+            found.append(Entry("decomposition", path, s.st_size, s.st_mtime))
+    return sorted(found, key=lambda entry: -entry.used)
 
 
 def clear() -> int:
@@ -58,7 +72,10 @@ def clear() -> int:
 
 
 def kept(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors under a key, made when they are first asked for; a damaged file is made anew."""
+    """Tensors under a key, made when they are first asked for; a damaged file is made anew.
+
+    A cache that cannot be written to is told once, and done without.
+    """
     path = cache_dir() / _DECOMPOSITIONS / key[:2] / f"{key}.safetensors"
     with suppress(FileNotFoundError, FileFormatError):
         tensors, _ = load_tensors(path, "decomposition")
@@ -66,7 +83,10 @@ def kept(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
             os.utime(path)
         return tensors
     tensors = make()
-    save_tensors(path, "decomposition", tensors)
+    try:
+        save_tensors(path, "decomposition", tensors)
+    except UnwritableError as error:
+        warnings.warn(_NOT_KEPT.format(cache_dir(), os.strerror(error.errno or 0)), stacklevel=2)
     return tensors
 
 
@@ -83,4 +103,5 @@ def _delete(entry: Entry) -> None:
     if entry.path.is_dir():
         shutil.rmtree(entry.path, ignore_errors=True)
     else:
-        entry.path.unlink(missing_ok=True)
+        with suppress(OSError):  # of another process, or in a read-only cache
+            entry.path.unlink(missing_ok=True)

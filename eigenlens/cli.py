@@ -154,15 +154,13 @@ def run(
 def _draw(result: Any, out: Path) -> None:
     """What was scored and frozen, and the search, as pages beside the data."""
     from eigenlens import plots
-    from eigenlens.files import atomic_path
+    from eigenlens.plots.export import write_html
 
     for name, figure in (
         ("spectrum", plots.spectrum(result.scores, result.frozen)),
         ("trace", plots.search_trace(result.search)),
     ):
-        with atomic_path(out / f"{name}.html") as temporary:
-            # A fixed name, so that the same run writes the same bytes.
-            figure.write_html(temporary, div_id=name)
+        write_html(figure, out / f"{name}.html", name)
 
 
 def _before_and_after(result: Any) -> Table:

@@ -58,12 +58,14 @@ def clear_errors() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     from eigenlens.errors import MissingPackageError
+    from eigenlens.files import UnwritableError
     from eigenlens.plots.export import StaticExportError
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()
+    missing = (StaticExportError, MissingPackageError)
     try:
         yield
-    except (ValueError, FileNotFoundError, StaticExportError, MissingPackageError) as error:
+    except (ValueError, FileNotFoundError, UnwritableError, *missing) as error:
         errors.print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
         raise typer.Exit(2) from error

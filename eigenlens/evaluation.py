@@ -18,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.files import load_table, save_table
 from eigenlens.inputs import check_data
+from eigenlens.memory import fitting
 from eigenlens.metrics import answer_logits, check_eval_mode, checked_losses
 from eigenlens.provenance import Provenance, data_hash
 from eigenlens.tasks.batches import Batch, make_batches
@@ -166,11 +167,16 @@ def evaluate(
     _check_answers(data, candidates)
     if choices:
         check_distinct(model, data, candidates)
-    rows: dict[int, dict[str, Any]] = {}
-    batches = make_batches(data, model, batch_size)
-    with torch.no_grad():
-        for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
-            rows |= _measure(model, batch)
+
+    def passes(size: int) -> dict[int, dict[str, Any]]:
+        rows: dict[int, dict[str, Any]] = {}
+        batches = make_batches(data, model, size)
+        with torch.no_grad():
+            for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+                rows |= _measure(model, batch)
+        return rows
+
+    rows = fitting(model, "evaluate", min(batch_size, len(data)), passes)
     measured = pd.DataFrame([rows[index] for index in range(len(data))])
     examples = pd.DataFrame({name: list(data[name][:]) for name in ("prompt", "answer")})
     examples = examples.join(measured)
@@ -232,9 +238,13 @@ def _losses(
     if not answers:
         return losses
     others, rows = with_answers(data, answers), [row for row, _ in answers]
-    with torch.no_grad():
-        for batch in make_batches(others, model, batch_size, rows=rows):
-            losses[batch.indices] = checked_losses(answer_logits(model, batch), batch).numpy()
+
+    def passes(size: int) -> None:
+        with torch.no_grad():
+            for batch in make_batches(others, model, size, rows=rows):
+                losses[batch.indices] = checked_losses(answer_logits(model, batch), batch).numpy()
+
+    fitting(model, "evaluate", min(batch_size, len(others)), passes)
     return losses
 
 
@@ -257,11 +267,17 @@ def perplexity(model: TransformerBridge, data: Dataset, *, batch_size: int = 50)
         ValueError: as :func:`evaluate`.
     """
     check_eval_mode(model)
-    nats, n_tokens = 0.0, 0
-    with torch.no_grad():
-        for batch in make_batches(data, model, batch_size):
-            nats += float(checked_losses(answer_logits(model, batch), batch).sum())
-            n_tokens += int(batch.answer_mask.sum())
+    check_data(data)
+
+    def passes(size: int) -> tuple[float, int]:
+        nats, n_tokens = 0.0, 0
+        with torch.no_grad():
+            for batch in make_batches(data, model, size):
+                nats += float(checked_losses(answer_logits(model, batch), batch).sum())
+                n_tokens += int(batch.answer_mask.sum())
+        return nats, n_tokens
+
+    nats, n_tokens = fitting(model, "evaluate", min(batch_size, len(data)), passes)
     return math.exp(nats / n_tokens)
 
 

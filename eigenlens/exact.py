@@ -19,6 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.inputs import check_data
+from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.scoring import Scores
 from eigenlens.spectra import Spectra, Spectrum, freeze_coordinates
@@ -57,8 +59,26 @@ def exact_effects(
     """
     check_eval_mode(model)
     spectra = scores.spectra_on(model)
-    rows = np.asarray(rows)
-    batches = make_batches(data, model, batch_size)
+    check_data(data)
+    run = partial(_exact, model, scores, spectra, np.asarray(rows), data, strength, metric)
+    most = max(_MOST_ROWS, batch_size)
+    return fitting(model, "exact", most, lambda size: run(batch_size, size, progress))
+
+
+def _exact(
+    model: TransformerBridge,
+    scores: Scores,
+    spectra: Spectra,
+    rows: np.ndarray,
+    data: Dataset,
+    strength: float,
+    metric: Metric,
+    batch_size: int,
+    most: int,
+    progress: bool,
+) -> Float[np.ndarray, "component example"]:
+    """:func:`exact_effects` with at most so many rows in a pass, copies of examples included."""
+    batches = make_batches(data, model, min(batch_size, most))
     effects = np.empty((len(rows), len(data)))
     layers = scores.components["layer"].to_numpy()[rows]
     bar = tqdm(total=len(rows) * len(batches), desc="exact", disable=not progress)
@@ -67,7 +87,7 @@ def exact_effects(
             base = metric(precise(answer_logits(model, batch)), batch)
         for layer in np.unique(layers):
             members = np.flatnonzero(layers == layer)
-            chunk = max(1, _MOST_ROWS // len(batch))
+            chunk = max(1, most // len(batch))
             for start in range(0, len(members), chunk):
                 which = members[start : start + chunk]
                 copies = _Copies(model, spectra, scores, rows[which], int(layer), batch, strength)

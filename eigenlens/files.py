@@ -5,12 +5,14 @@ foreign, truncated or damaged file is refused with a sentence instead of failing
 inside, or of giving other numbers.
 """
 
+import errno
 import json
 import math
 import os
-import uuid
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from eigenlens.checksums import hash_tensors, is_whole, sealed
 from eigenlens.errors import reason
+from eigenlens.leftovers import sweep, temporary_beside
 from eigenlens.yaml_texts import parse_yaml
 
 _HEADER, _CHECKSUM = "eigenlens", "checksum"
@@ -35,6 +38,40 @@ _FORMAT = "2"
 
 class FileFormatError(ValueError):
     """A file is missing parts, truncated, damaged, or not of the kind that was asked for."""
+
+
+class UnwritableError(OSError):
+    """A place cannot be written to: no room, no right, or no such place."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside the block, an error of the disk names ``path`` and says what to do.
+
+    Raises:
+        UnwritableError: in place of the system's own error.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        # safetensors tells the number in its text alone.
+        found = re.search(r"os error (\d+)", str(error))
+        number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+        if number not in (*_FULL, *_CLOSED) or isinstance(error, UnwritableError):
+            raise
+        advice = "make room" if number in _FULL else "choose a place that can be written to"
+        raise UnwritableError(
+            number,
+            f"{path} cannot be written ({os.strerror(number)}): {advice}, and start again. What "
+            "was written before is whole.",
+        ) from error
 
 
 @contextmanager
@@ -69,14 +106,21 @@ def cache_dir() -> Path:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it only when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    """Yield a temporary path beside ``path`` that replaces it only when the block succeeds.
+
+    Raises:
+        UnwritableError: no room, or no right to write there; ``path`` is then as it was.
+    """
+    temporary = temporary_beside(path)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent)
+            yield temporary
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -206,7 +250,9 @@ def load_tensors(
         FileFormatError: the file is truncated, damaged, foreign, or of another kind.
     """
     path = _existing(path)
-    with parsing(path, "safetensors file"), safetensors.safe_open(path, framework="pt") as file:
+    read = partial(safetensors.safe_open, framework="pt", backend="pread")
+    # Not mapped into memory: of a file that is cut short later, a read ends in a bus error.
+    with parsing(path, "safetensors file"), read(path) as file:
         header, _, checksum = (file.metadata() or {}).get(_HEADER, "").partition("\n")
         metadata = _check_header(path, kind, header or None)
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}

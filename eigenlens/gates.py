@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_logits, answer_loss, precise
 from eigenlens.positions import PositionTracker, add_hook, attach_tracker
 from eigenlens.scoring.scorer import split_table
@@ -89,6 +90,17 @@ class Gates:
         self, batch: Batch, metric: Metric = answer_loss
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " component"]]:
         """The metric of each example under :attr:`z`, and the gradient of its sum by every gate."""
+
+        def passes(size: int) -> tuple[Tensor, Tensor]:
+            parts = [self._gradient(part, metric) for part in batch.split(size)]
+            values, slopes = zip(*parts, strict=True)
+            return torch.cat(values), sum(slopes[1:], slopes[0])
+
+        return fitting(self.model, "gates", len(batch), passes)
+
+    def _gradient(
+        self, batch: Batch, metric: Metric
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " component"]]:
         with torch.enable_grad():
             z = self.z.detach().requires_grad_()
             self.set(z)

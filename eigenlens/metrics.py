@@ -16,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from eigenlens.inputs import check_data, check_model, check_tokenizer
+from eigenlens.memory import fitting
 from eigenlens.positions import prompt_ends_at
 from eigenlens.tasks.batches import Batch, make_batches, tokenise
 from eigenlens.tasks.candidates import candidates_of, with_answers
@@ -155,10 +156,15 @@ def kl_to_unedited(model: TransformerBridge, data: Dataset, batch_size: int = 50
     (``examples × answer tokens × d_vocab`` floats) to compare later passes with.
     """
     kept: dict[int, Float[Tensor, "answer d_vocab"]] = {}
-    with torch.no_grad():
-        for batch in make_batches(data, model, batch_size):
-            logs = precise(answer_logits(model, batch)).log_softmax(-1).cpu()
-            kept |= dict(zip(batch.indices, logs, strict=True))
+    check_data(data)
+
+    def passes(size: int) -> None:
+        with torch.no_grad():
+            for batch in make_batches(data, model, size):
+                logs = precise(answer_logits(model, batch)).log_softmax(-1).cpu()
+                kept.update(zip(batch.indices, logs, strict=True))
+
+    fitting(model, "evaluate", min(batch_size, len(data)), passes)
 
     def metric(
         logits: Float[Tensor, "batch answer d_vocab"], batch: Batch

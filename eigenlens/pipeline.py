@@ -22,6 +22,7 @@ from eigenlens.files import load_record, save_record
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.inputs import check_model
+from eigenlens.locks import alone
 from eigenlens.matrices import weight_matrices
 from eigenlens.models import load_model
 from eigenlens.provenance import Provenance, keeping_weights, versions
@@ -127,14 +128,17 @@ def run(
 
     Raises:
         ValueError: as :func:`eigenprune`; a configuration whose model or task came from memory.
+        UnwritableError: as :func:`eigenprune`, before anything is loaded.
     """
     if config.from_memory:
         raise ValueError(
             f"This run had its {' and '.join(config.from_memory)} from memory (from_memory in its "
             "configuration): hand them to eigenlens.eigenprune(model, task, config)."
         )
-    model, task = load_as(config)
-    return _stages(model, task, config, out, progress)
+    folder = Path(out) if out is not None else None
+    with alone(folder):
+        model, task = load_as(config)
+        return _stages(model, task, config, folder, progress)
 
 
 def load_as(config: EigenpruneConfig) -> tuple[TransformerBridge, Task]:
@@ -169,7 +173,9 @@ def eigenprune(
         progress: show progress bars.
 
     Raises:
-        ValueError: bad options or data; ``out`` holds a run with another configuration.
+        ValueError: bad options or data; ``out`` holds a run with another configuration, or another
+            process works there.
+        UnwritableError: ``out`` cannot be written to.
     """
     check_model(model)
     arguments = json.loads(json.dumps(dict(task.arguments), default=str))
@@ -182,7 +188,9 @@ def eigenprune(
         "from_memory": ("model", "task"),
     }
     config = (config or EigenpruneConfig()).model_copy(update=what)
-    return _stages(model, task, config, out, progress)
+    folder = Path(out) if out is not None else None
+    with alone(folder):
+        return _stages(model, task, config, folder, progress)
 
 
 @keeping_weights
@@ -190,10 +198,10 @@ def _stages(
     model: TransformerBridge,
     task: Task,
     config: EigenpruneConfig,
-    out: str | os.PathLike[str] | None,
+    out: Path | None,
     progress: bool,
 ) -> EigenpruneResult:
-    stages = Stages(config, Path(out) if out is not None else None, model, task)
+    stages = Stages(config, out, model, task)
     before = stages.do(
         "before",
         "before.parquet",

@@ -1,12 +1,11 @@
 """Files that eigenlens writes: what is read must be what was written."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from fuzzed import Reader, Sample, same, unchanged
+from fuzzed import Reader, Sample, unchanged
 from tiny_models import MIXED
 
 import eigenlens as el
@@ -19,9 +18,8 @@ from eigenlens.files import (
     load_table,
     save_record,
     save_table,
-    write_json,
 )
-from eigenlens.paper.studies.result import Parts
+from eigenlens.paper.studies.parts import Parts
 from eigenlens.provenance import Provenance
 from eigenlens.search.result import Checkpoint, SearchResult
 
@@ -60,9 +58,9 @@ RESULTS = {
     "part of a study": Reader(
         300,
         "m_t.json",
-        lambda path, _: write_json(path, [{"loss": 0.5, "label": "frozen"}]),
-        lambda path, _: Parts(path.parent).do("m_t", list),
-        lambda content, found, _: same(found, json.loads(content)),
+        lambda path, _: save_record(path, "part", {"rows": [{"loss": 0.5, "label": "frozen"}]}),
+        lambda path, _: Parts(path.parent).do("m_t", lambda: [{"loss": 0.5, "label": "frozen"}]),
+        unchanged,
     ),
     "frozen set": Reader(
         1000,

@@ -8,7 +8,7 @@ import pytest
 import eigenlens as el
 from eigenlens.evaluation import wilson_interval
 from eigenlens.paper.studies import estimators, searches
-from eigenlens.paper.studies.result import Parts
+from eigenlens.paper.studies.parts import Parts
 
 SMALL = {"n_train": 40, "n_validation": 30, "n_test": 30}
 

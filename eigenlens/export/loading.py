@@ -35,7 +35,11 @@ def load_plain(
         check_folder(Path(source))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            dtype=kind,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:

@@ -32,7 +32,15 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from eigenlens.checksums import hash_files
-from eigenlens.files import FileFormatError, cache_dir, load_record, parsing, save_record
+from eigenlens.files import (
+    FileFormatError,
+    cache_dir,
+    load_record,
+    parsing,
+    save_record,
+    writing,
+)
+from eigenlens.leftovers import sweep, temporary_beside
 from eigenlens.models.gguf_head import check_sizes, read_head
 from eigenlens.models.weight_files import check_file, check_loaded
 from eigenlens.models.wording import listed
@@ -230,13 +238,15 @@ def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     Of two processes at once the first one's folder stays, since somebody may be reading it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = temporary_beside(folder)
     try:
-        write(temporary)
-        save_record(temporary / _CHECKSUMS, "checksums", _checksums(temporary))
-        if not (folder / "config.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
+        with writing(folder):
+            temporary.mkdir(parents=True)
+            sweep(folder.parent)
+            write(temporary)
+            save_record(temporary / _CHECKSUMS, "checksums", _checksums(temporary))
+            if not (folder / "config.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -19,7 +19,7 @@ from transformer_lens.utilities import get_device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from eigenlens.files import FileFormatError
+from eigenlens.files import FileFormatError, cache_dir
 from eigenlens.models import peft_adapters
 from eigenlens.models.checks import check_finite, checked_device, checked_dtype
 from eigenlens.models.known import KNOWN_MODELS, UnknownModelError, resolve
@@ -87,7 +87,9 @@ def _from_files(
         check_folder(Path(source))
     check_architecture(AutoConfig.from_pretrained(source))
     words = deepcopy(tokenizer) if tokenizer is not None else _tokenizer(source)
-    return wrap_files(source, words, dtype, device or torch.device(get_device()))
+    # What is in the cache, another process may write over; what is elsewhere belongs to the user.
+    mapped = cache_dir() not in Path(source).parents
+    return wrap_files(source, words, dtype, device or torch.device(get_device()), mapped=mapped)
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eigenlens.errors import MissingPackageError, reason
 from eigenlens.files import FileFormatError, read_json
-from eigenlens.models.weight_files import check_file, check_folder, check_loaded
+from eigenlens.models.weight_files import check_file, check_folder, check_loaded, refuse_pickle
 from eigenlens.models.wording import listed
 
 CONFIG = "adapter_config.json"
@@ -64,6 +64,7 @@ def merged_folder(folder: Path, base: str, dtype: torch.dtype) -> PreTrainedMode
         ImportError: peft is not installed.
     """
     peft = import_peft("Merging an adapter")
+    refuse_pickle(folder, "adapter_model")
     for file in sorted(folder.glob("adapter_model.*")):
         check_file(file)
     model = _base_model(base, dtype)
@@ -124,6 +125,7 @@ def _base_model(base: str, dtype: torch.dtype) -> PreTrainedModel:
             attn_implementation="eager",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            use_safetensors=True,
         )
     check_loaded(info, base, type(model).__name__)
     return model

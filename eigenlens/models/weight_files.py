@@ -2,7 +2,6 @@
 
 import os
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from eigenlens.files import FileFormatError, parsing, read_json
 from eigenlens.models.wording import listed
 
 _POINTER = b"version https://git-lfs"
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_SINGLE = "model.safetensors"
 # Masks and angles that old versions of transformers kept as tensors, and that carry nothing.
 _RETIRED = re.compile(r"\b(attn|attention)\.(masked_bias|bias|causal_mask)$|\.inv_freq$")
 _PREFIXES = {
@@ -37,8 +36,6 @@ def check_file(path: Path) -> None:
     if path.suffix == ".safetensors":
         with parsing(path, "safetensors file"), safetensors.safe_open(path, framework="pt"):
             pass
-    elif head.startswith(b"PK") and not zipfile.is_zipfile(path):
-        raise FileFormatError(f"{path} is truncated: download or copy it again.")
 
 
 def _check_no_pointer(path: Path) -> bytes:
@@ -56,18 +53,34 @@ def check_folder(folder: Path) -> None:
     """Check the files that transformers would read in a folder, as :func:`check_file` does.
 
     Raises:
-        FileFormatError: one of them is damaged, or a file that an index lists is not there.
+        FileFormatError: one of them is damaged, a file that an index lists is not there, or the
+            weights are a pickle.
     """
     for path in sorted(folder.glob("*")):
         if path.is_file() and path.suffix in (".json", ".model", ".txt"):
             _check_no_pointer(path)
-    for name in _SINGLE:
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return check_file(folder / name)
-        if index.is_file():
-            return _check_shards(index)
-    return None
+    index = folder / f"{_SINGLE}.index.json"
+    if (folder / _SINGLE).is_file():
+        return check_file(folder / _SINGLE)
+    if index.is_file():
+        return _check_shards(index)
+    return refuse_pickle(folder, "pytorch_model")
+
+
+def refuse_pickle(folder: Path, stem: str) -> None:
+    """Raise where weights are there in no other form: whoever reads a pickle runs its code.
+
+    Raises:
+        FileFormatError: names the file, and says how to make another one of it.
+    """
+    if (folder / f"{stem.removeprefix('pytorch_')}.safetensors").is_file():
+        return
+    for path in sorted(folder.glob(f"{stem}*.bin")):
+        raise FileFormatError(
+            f"{path} is a pickle, which can run any code when it is read, so that it is not: save "
+            "the weights as safetensors (with transformers or peft, if you trust the file: "
+            "from_pretrained, then save_pretrained)."
+        )
 
 
 def _check_shards(index: Path) -> None:

@@ -91,15 +91,21 @@ def check_architecture(config: PretrainedConfig) -> None:
 class _Checkpoint:
     """Stands where TransformerLens expects a model class, to see what is loaded and how."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, mapped: bool) -> None:
         self._device = device
+        self._mapped = mapped
         self.reference: Reference | None = None
 
     def from_pretrained(self, source: str, **options: Any) -> PreTrainedModel:
         """Load as TransformerLens would, but accept no weight that is not in the files."""
         architecture = determine_architecture_from_hf_config(options["config"])
         model, info = get_hf_model_class_for_architecture(architecture).from_pretrained(
-            source, **options, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            **options,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            disable_mmap=not self._mapped,
         )
         check_loaded(info, source, type(model).__name__)
         if has_adapter(model):
@@ -109,16 +115,29 @@ class _Checkpoint:
 
 
 def wrap_files(
-    source: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    mapped: bool = True,
 ) -> TransformerBridge:
     """The bridge of a model that lies in a folder or on the Hub.
+
+    Args:
+        source: the folder, or the name of a model of the Hub.
+        tokenizer: its own.
+        dtype: of the weights.
+        device: where they go.
+        mapped: weights on the CPU may stay on the disk until they are read, which ends the process
+            if their files are cut short meanwhile.
 
     Raises:
         FileFormatError: its tensors are not those of its architecture.
         UnsupportedModelError: it is not causal, or TransformerLens does not compute it rightly.
         ValueError: weights that are no numbers.
     """
-    checkpoint = _Checkpoint(device)
+    checkpoint = _Checkpoint(device, mapped)
     with kept_as_is(tokenizer), no_installs():
         try:
             bridge = TransformerBridge.boot_transformers(

@@ -7,14 +7,19 @@ twice, a figure gives the same SVG and PDF byte for byte: version control sees r
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
+from eigenlens.files import atomic_path, write_text
 from eigenlens.plots.style import FULL_WIDTH
 
 STATIC = ("svg", "pdf", "png")
 FORMATS = (*STATIC, "html")
+_PLOTLY = "plotly.min.js"
 _POINTS_PER_PIXEL = 0.75
 _SCALES = {"svg": 1.0, "pdf": 7 * 72 / (_POINTS_PER_PIXEL * FULL_WIDTH), "png": 3.0}
 _NO_KALEIDO = "Install it with `pip install 'eigenlens[figures]'`."
@@ -72,10 +77,10 @@ def export(
             f"Unknown format {', '.join(sorted(unknown))}; choose from {', '.join(FORMATS)}."
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if "html" in formats:
+        _write_plotly(folder / _PLOTLY)
         for name, figure in figures.items():
-            figure.write_html(folder / f"{name}.html", include_plotlyjs="directory")
+            write_html(figure, folder / f"{name}.html", name, include_plotlyjs=_PLOTLY)
     static = [(name, form) for name in figures for form in STATIC if form in formats]
     if static:
         find_browser()
@@ -83,25 +88,49 @@ def export(
     return [folder / f"{name}.{form}" for name in figures for form in formats]
 
 
+def write_html(figure: go.Figure, path: Path, name: str, **options: Any) -> None:
+    """Write a figure as a page, atomically; the same figure gives the same bytes.
+
+    Args:
+        figure: to write.
+        path: of the file.
+        name: ``id`` of its element, which plotly would draw at random.
+        **options: of plotly's own function.
+    """
+    with atomic_path(path) as temporary:
+        figure.write_html(temporary, div_id=name, **options)
+
+
+def _write_plotly(path: Path) -> None:
+    """Put plotly.js there whole: plotly itself would leave half of one as it is."""
+    library = get_plotlyjs()
+    if not path.is_file() or path.read_bytes() != library.encode():
+        write_text(path, library)
+
+
 def _draw(figures: Mapping[str, go.Figure], wanted: list[tuple[str, str]], folder: Path) -> None:
     import kaleido
 
-    kaleido.write_fig_from_object_sync(
-        [
-            {
-                "fig": figures[name],
-                "path": folder / f"{name}.{form}",
-                "opts": {"format": form, "scale": _SCALES[form]},
-            }
+    with ExitStack() as stack:
+        files = {
+            (name, form): stack.enter_context(atomic_path(folder / f"{name}.{form}"))
             for name, form in wanted
-        ],
-        cancel_on_error=True,
-        kopts={"mathjax": False},  # kaleido would ask a server for it
-    )
-    for name, form in wanted:
-        if form in _STABLE:
-            file = folder / f"{name}.{form}"
-            file.write_bytes(_STABLE[form](file.read_bytes(), name))
+        }
+        kaleido.write_fig_from_object_sync(
+            [
+                {
+                    "fig": figures[name],
+                    "path": file,
+                    "opts": {"format": form, "scale": _SCALES[form]},
+                }
+                for (name, form), file in files.items()
+            ],
+            cancel_on_error=True,
+            kopts={"mathjax": False},  # kaleido would ask a server for it
+        )
+        for (name, form), file in files.items():
+            if form in _STABLE:
+                file.write_bytes(_STABLE[form](file.read_bytes(), name))
 
 
 def _stable_svg(content: bytes, name: str) -> bytes:

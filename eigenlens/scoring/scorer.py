@@ -17,6 +17,7 @@ Source: Eigenpruning (arXiv 2404.03147), section 3; attribution patching (Nanda,
 from collections.abc import Sequence
 from functools import cached_property, partial
 
+import numpy as np
 import psutil
 import torch
 from datasets import Dataset
@@ -27,7 +28,9 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.far_side import zero_coordinates
+from eigenlens.inputs import check_data
 from eigenlens.matrices import Site
+from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_loss, check_eval_mode
 from eigenlens.passes import (
     Activation,
@@ -107,27 +110,38 @@ def score(
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("reference", reference, REFERENCES)
     check_eval_mode(model)
+    check_data(data)
     spectra = spectra.on(model)
-    batches = make_batches(data, model, batch_size, smallest=2 if reference == "resample" else 1)
-    positions = Positions.of(batches, n_positions)
     if means is not None:
         _check_components(means, spectra)
-        positions = means.means.positions
-    elif reference in ("shared", "zero"):
-        positions = Positions()
-    given = None if means is None else means.means
-    run = _Scorer(model, spectra, batches, reference, metric, positions, given, seed, progress)
-    if criterion == "mean" and not stderr:
-        statistics = run.streaming(memory_gb)
-    else:
-        statistics = run.per_example(criterion)
-    columns = {
+    smallest = 2 if reference == "resample" else 1
+
+    def passes(size: int) -> tuple[dict[str, np.ndarray], PositionMeans]:
+        batches = make_batches(data, model, size, smallest=smallest)
+        positions = Positions.of(batches, n_positions)
+        if means is not None:
+            positions = means.means.positions
+        elif reference in ("shared", "zero"):
+            positions = Positions()
+        given = None if means is None else means.means
+        run = _Scorer(model, spectra, batches, reference, metric, positions, given, seed, progress)
+        if criterion == "mean" and not stderr:
+            statistics = run.streaming(memory_gb)
+        else:
+            statistics = run.per_example(criterion)
+        return _columns(statistics), run.means
+
+    columns, found = fitting(model, "score", min(batch_size, len(data)), passes, smallest=smallest)
+    return Scores.made_of(
+        spectra, columns, found, data, criterion=criterion, reference=reference, seed=seed
+    )
+
+
+def _columns(statistics: Statistics) -> dict[str, np.ndarray]:
+    return {
         name: torch.cat([part.flatten().cpu() for part in parts]).double().numpy()
         for name, parts in statistics.items()
     }
-    return Scores.made_of(
-        spectra, columns, run.means, data, criterion=criterion, reference=reference, seed=seed
-    )
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.inputs import check_data
 from eigenlens.matrices import Site
+from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_loss
 from eigenlens.passes import Activation, FiniteCheck, forward_backward, without_padding
 from eigenlens.scoring.accumulators import margin_effect, spread
@@ -106,29 +108,34 @@ def single_effects(
     first = next(iter(spectra.values()))
     effects = torch.empty(len(data), len(chosen), dtype=first.dtype)
     values = torch.empty(len(data), dtype=torch.float64)
-    finite = FiniteCheck()
-    batches = make_batches(data, model, batch_size)
-    for batch in tqdm(batches, desc="effects", unit="batch", disable=not progress):
-        at = scores.means.positions.of_batch(batch)
+    check_data(data)
 
-        def add(
-            site: Site,
-            h: Activation,
-            g: Activation,
-            found: Tensor,
-            batch: Batch = batch,
-            at: Tensor = at,
-        ) -> None:
-            s = spectra[site.name]
-            moved = means[site.name][at.to(s.device)] - s.coordinates(h.to(s.dtype))
-            effect = without_padding(moved * s.slopes(g.to(s.dtype)), batch)
-            example = reduce(effect, "batch pos head k -> batch (head k)", "sum")
-            members, places = own[site.name]
-            effects[torch.tensor(batch.indices)[:, None], places] = example.cpu()[:, members]
+    def passes(size: int) -> None:
+        finite = FiniteCheck()
+        batches = make_batches(data, model, size)
+        for batch in tqdm(batches, desc="effects", unit="batch", disable=not progress):
+            at = scores.means.positions.of_batch(batch)
 
-        found = forward_backward(model, sites, batch, metric, add, finite)
-        values[batch.indices] = found.cpu().double()
-    finite.check()
+            def add(
+                site: Site,
+                h: Activation,
+                g: Activation,
+                found: Tensor,
+                batch: Batch = batch,
+                at: Tensor = at,
+            ) -> None:
+                s = spectra[site.name]
+                moved = means[site.name][at.to(s.device)] - s.coordinates(h.to(s.dtype))
+                effect = without_padding(moved * s.slopes(g.to(s.dtype)), batch)
+                example = reduce(effect, "batch pos head k -> batch (head k)", "sum")
+                members, places = own[site.name]
+                effects[torch.tensor(batch.indices)[:, None], places] = example.cpu()[:, members]
+
+            found = forward_backward(model, sites, batch, metric, add, finite)
+            values[batch.indices] = found.cpu().double()
+        finite.check()
+
+    fitting(model, "score", min(batch_size, len(data)), passes)
     return SingleEffects(scores, chosen, effects, values)
 
 

@@ -24,6 +24,7 @@ from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.gates import Gates
 from eigenlens.inputs import check_data
+from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_logits, kl_to_unedited, precise
 from eigenlens.scoring import Scores, score
 from eigenlens.scoring.criteria import curvature
@@ -152,13 +153,18 @@ class Protection:
         found = {}
         with torch.no_grad():
             for name, part in parts.items():
-                total = sum(
-                    part.divergence(precise(answer_logits(self._model, b)), b).sum()
-                    for b in part.batches
-                )
+                total = sum(self._divergence(part.divergence, b) for b in part.batches)
                 tokens = sum(b.answer_mask.sum().cpu() for b in part.batches)
                 found[name] = float(total / tokens)
         return found
+
+    def _divergence(self, metric: Metric, batch: Batch) -> Tensor:
+        def passes(size: int) -> Tensor:
+            parts = batch.split(size)
+            each = [metric(precise(answer_logits(self._model, b)), b).sum() for b in parts]
+            return torch.stack(each).sum()
+
+        return fitting(self._model, "evaluate", len(batch), passes)
 
     def holds(self, divergence: Mapping[str, float]) -> bool:
         """Whether every data set is within the bound (false for NaN)."""

@@ -53,6 +53,12 @@ class Batch:
         """Position of each column, counted from the end of the prompt."""
         return range(-self.n_prompt, self.tokens.shape[1] - self.n_prompt)
 
+    def split(self, size: int) -> "list[Batch]":
+        """The same examples, padded alike, in batches of at most ``size``."""
+        names = ("tokens", "attention_mask", "answer", "answer_mask", "indices")
+        parts = [slice(start, start + size) for start in range(0, len(self), size)]
+        return [replace(self, **{n: getattr(self, n)[part] for n in names}) for part in parts]
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         names = ("tokens", "attention_mask", "answer", "answer_mask")

@@ -5,7 +5,7 @@ the first-order score, and used to freeze in one shot. Then the released code, w
 of its deviations taken back alone, is put to the same test.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ from eigenlens.exact import exact_effects
 from eigenlens.faithfulness import agreement, stratified_sample, top_k
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.models import load_model
+from eigenlens.identity import defaults
 from eigenlens.paper.released_code import (
     ReferenceCode,
     choose_like_reference,
     finetuned,
     score_like_reference,
 )
-from eigenlens.paper.studies.result import ExperimentResult, Parts, part_key, share
+from eigenlens.paper.studies.parts import Parts, part_key, with_models
+from eigenlens.paper.studies.result import ExperimentResult, share
 from eigenlens.plots.style import BLUE, FULL_WIDTH, ORANGE, TEMPLATE
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES, integrated, refined
 from eigenlens.scoring import Scores, score
@@ -124,12 +125,11 @@ def run(
     """
     kept = Parts(parts)
     rows: list[dict[str, Any]] = []
-    for name in models:
-        loaded: list[TransformerBridge] = []
-        for setting in (s for s in SETTINGS if s.model == name):
-            for seed in setting.seeds:
-                key = part_key(name, setting.task, setting.arguments, seed)
-                rows += kept.do(key, partial(_measure, loaded, setting, seed))
+    for setting, model in with_models(SETTINGS, models):
+        for seed in setting.seeds:
+            task = load_task(setting.task, model.tokenizer, **setting.arguments, seed=seed)
+            key = part_key(model, setting.model, task, _options(setting), seed)
+            rows += kept.do(key, partial(_measure, model, task, setting, seed))
     if not rows:
         raise ValueError(f"No setting of this study is of {', '.join(models)}.")
     table = pd.DataFrame(rows)
@@ -143,11 +143,16 @@ def run(
     )
 
 
-def _measure(loaded: list[TransformerBridge], setting: Setting, seed: int) -> list[dict[str, Any]]:
-    if not loaded:
-        loaded.append(load_model(setting.model, device="cpu"))
-    model = loaded[0]
-    task = load_task(setting.task, model.tokenizer, **setting.arguments, seed=seed)
+def _options(setting: Setting) -> dict[str, Any]:
+    """All that a part depends on besides model, task and seed."""
+    chosen = {k: v for k, v in asdict(setting).items() if k not in ("model", "label", "seeds")}
+    fixed = {"criteria": _CRITERIA, "nodes": _NODES, "switched": _SWITCHES, "floor": _FLOOR}
+    return {**chosen, **fixed, "examples": REFINED_EXAMPLES, "code": defaults(ReferenceCode)}
+
+
+def _measure(
+    model: TransformerBridge, task: Task, setting: Setting, seed: int
+) -> list[dict[str, Any]]:
     spectra = decompose(model, progress=False)
     base, drawn, exact = _sample(model, spectra, task, setting, seed)
     rows = _agreements(model, base, task, drawn, exact, setting)

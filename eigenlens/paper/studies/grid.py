@@ -1,14 +1,16 @@
 """Runs every method on every task of every model: one *cell* each, kept when it is done.
 
 A cell is a fit on the train split, with choices made on validation, and one measurement on test.
-Its file is named by a hash of all that it depends on, so that studies share cells; beside it lies
+Its file is named by a hash of all that it depends on (the cell of the study, defaults of its method
+included, and the model and data as they were loaded), so that studies share cells; beside it lies
 the edit itself, for what is measured later under it.
 """
 
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,20 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines import Edit, FitResult, FrozenEdit, load_edit, measure
+from eigenlens.baselines.baseline import Baseline
 from eigenlens.decomposition import decompose
 from eigenlens.evaluation import Evaluation, majority_accuracy, perplexity
+from eigenlens.files import FileFormatError
 from eigenlens.frozen_set import FrozenSet
+from eigenlens.identity import conditions, defaults, identity_hash
 from eigenlens.models import load_model
 from eigenlens.monitors import output_statistics
 from eigenlens.paper.studies.config import CONFIGS, Data, Method, Setting, StudyConfig
-from eigenlens.paper.studies.result import ExperimentResult, Parts
+from eigenlens.paper.studies.parts import Parts
+from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.paper.studies.study import Study
-from eigenlens.provenance import text_hash
 from eigenlens.scoring import Scores
+from eigenlens.search import LearnedConfig
 from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task, load_task
 from eigenlens.tasks.candidates import candidates_of
@@ -50,7 +56,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Name of its files: readable, and unique by all that the result depends on."""
+        """Readable, and unique by all that the study says of it, defaults included."""
         described = {
             "model": self.model,
             "task": self.setting.task,
@@ -59,17 +65,24 @@ class Cell:
             "n_positions": self.setting.n_positions,
             "method": self.method.model_dump(mode="json", exclude={"draws", "models", "like"}),
             "options": self.options,
+            "defaults": _defaults(self.method.build(self.options, None)),
             "seed": self.seed,
             "draw": self.draw,
             "parent": self.parent.key if self.parent else None,
         }
-        unique = text_hash([json.dumps(described, sort_keys=True)])[:12]
+        unique = identity_hash(described)
         return f"{Path(self.model).stem}_{self.setting.task}_{self.method.kind}_{unique}"
 
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of the method that belong to this task."""
         return self.setting.options.get(self.name, {})
+
+
+def _defaults(baseline: Baseline) -> dict[str, Any]:
+    """All options of a method, and of the search inside it."""
+    found: dict[str, Any] = {"method": asdict(baseline) if is_dataclass(baseline) else {}}
+    return {**found, "learned": defaults(LearnedConfig)} if "options" in found["method"] else found
 
 
 def cells(config: StudyConfig) -> Iterator[Cell]:
@@ -143,14 +156,31 @@ class _Bench:
         self._scores: dict[str, Scores] = {}
 
     def rows(self, cell: Cell) -> list[dict[str, Any]]:
-        found = self._parts.do(cell.key, partial(self._fit, cell))
-        return [{**_names(cell), **row} for row in found]
+        found = self._parts.do(self._file(cell), partial(self._fit, cell))
+        return [{**self._names(cell), **row} for row in found]
 
     def probe(self, cell: Cell, label: str, probe: Data) -> list[dict[str, Any]]:
-        unique = text_hash([probe.model_dump_json(exclude={"models"}), str(cell.seed)])[:12]
-        key = f"{cell.key}_on_{probe.task}_{unique}"
+        data = self._model(cell.model).task(probe, cell.seed).hash
+        unique = identity_hash(probe.model_dump(mode="json", exclude={"models"}), cell.seed, data)
+        key = f"{self._file(cell)}_on_{probe.task}_{unique}"
         found = self._parts.do(key, partial(self._probe, cell, probe))
-        return [{**_names(cell), "data": label, **row} for row in found]
+        return [{**self._names(cell), "data": label, **row} for row in found]
+
+    def _file(self, cell: Cell) -> str:
+        """Name of a cell's files."""
+        loaded = self._model(cell.model)
+        unique = identity_hash(loaded.conditions, loaded.task(cell.setting, cell.seed).hash)
+        return f"{cell.key}-{unique}"
+
+    def _names(self, cell: Cell) -> dict[str, Any]:
+        return {
+            "model": cell.model,
+            "label": cell.label,
+            "seed": cell.seed,
+            "method": cell.name,
+            "draw": cell.draw,
+            "cell": self._file(cell),
+        }
 
     def _fit(self, cell: Cell) -> list[dict[str, Any]]:
         loaded = self._model(cell.model)
@@ -201,15 +231,18 @@ class _Bench:
         if self._folder is None:
             self._edits[cell.key] = edit
         else:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            edit.save(self._folder / f"{cell.key}.safetensors")
+            edit.save(self._folder / f"{self._file(cell)}.safetensors")
 
     def _edit(self, cell: Cell) -> Edit:
         """The edit of a cell, which is fitted first if it has to be."""
         self.rows(cell)
         if self._folder is None:
             return self._edits[cell.key]
-        return load_edit(self._folder / f"{cell.key}.safetensors")
+        path = self._folder / f"{self._file(cell)}.safetensors"
+        with suppress(FileNotFoundError, FileFormatError):
+            return load_edit(path)
+        self._fit(cell)  # the edit was lost or damaged after its cell was done
+        return load_edit(path)
 
     def _frozen(self, cell: Cell | None) -> FrozenSet | None:
         if cell is None:
@@ -231,6 +264,8 @@ class _Loaded:
     def __init__(self, name: str) -> None:
         self.name = name
         self.model: TransformerBridge = load_model(name)
+        self.conditions = conditions(self.model)
+        self._tasks: dict[str, Task] = {}
 
     @cached_property
     def spectra(self) -> Spectra:
@@ -238,18 +273,11 @@ class _Loaded:
 
     def task(self, data: Data, seed: int) -> Task:
         """The task with this seed, unless its arguments name another."""
-        return load_task(data.task, self.model.tokenizer, **{"seed": seed, **data.arguments})
-
-
-def _names(cell: Cell) -> dict[str, Any]:
-    return {
-        "model": cell.model,
-        "label": cell.label,
-        "seed": cell.seed,
-        "method": cell.name,
-        "draw": cell.draw,
-        "cell": cell.key,
-    }
+        arguments = {"seed": seed, **data.arguments}
+        key = identity_hash(data.task, arguments)
+        if key not in self._tasks:
+            self._tasks[key] = load_task(data.task, self.model.tokenizer, **arguments)
+        return self._tasks[key]
 
 
 def _measured(test: Evaluation) -> dict[str, Any]:

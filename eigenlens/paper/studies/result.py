@@ -1,9 +1,6 @@
-"""What an experiment returns, how it is written, and how an interrupted one goes on."""
+"""What an experiment returns, and how it is written."""
 
-import json
-import re
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from eigenlens.files import parsing, save_table, write_json, write_text
+from eigenlens.files import save_table, write_text
 from eigenlens.plots.export import StaticExportError, export
 from eigenlens.provenance import versions
 
@@ -64,35 +61,6 @@ class ExperimentResult:
 def _plain(value: object) -> str:
     """A setting in words; sequences come back from disk as lists."""
     return " / ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-class Parts:
-    """Finished parts of an experiment, one JSON file each; a part that is there is not made again.
-
-    A part belongs to its key alone: delete the folder when code or options change.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        """Keep parts in ``folder``, or nowhere."""
-        self._folder = folder
-
-    def do(self, key: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """The rows of a part: read back, or made and written."""
-        if self._folder is None:
-            return make()
-        path = self._folder / f"{key}.json"
-        if not path.is_file():
-            write_json(path, make())
-        with parsing(path, "JSON file"):
-            rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return rows
-
-
-def part_key(model: str, task: str, arguments: Mapping[str, Any], *more: object) -> str:
-    """Name of a part, made of what it measures; safe as a file name."""
-    values = "-".join(str(value) for value in arguments.values())
-    parts = [model, task, values, *map(str, more)]
-    return re.sub(r"[^\w.+_-]+", "-", "_".join(parts))
 
 
 def share(accuracy: float, low: float, high: float) -> str:

@@ -7,7 +7,7 @@ Everything is chosen on validation data; accuracies are of test examples that no
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.decomposition import decompose
 from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
 from eigenlens.freezing import freeze
-from eigenlens.models import load_model
-from eigenlens.paper.studies.result import ExperimentResult, Parts, part_key, share
+from eigenlens.identity import defaults
+from eigenlens.paper.studies.parts import Parts, part_key, with_models
+from eigenlens.paper.studies.result import ExperimentResult, share
 from eigenlens.plots.style import (
     BLUE,
     FULL_WIDTH,
@@ -37,6 +38,7 @@ from eigenlens.plots.style import (
 from eigenlens.refinement import REFINED_EXAMPLES, refined
 from eigenlens.scoring import Scores, score
 from eigenlens.search import (
+    SEARCHES,
     GuardedConfig,
     LearnedConfig,
     SearchResult,
@@ -127,13 +129,13 @@ def run(
     """
     kept = Parts(parts)
     rows: list[dict[str, Any]] = []
-    for name in models:
-        lazy = _Lazy(name)
-        for setting in (s for s in SETTINGS if s.model == name):
-            for seed in setting.seeds:
-                for method in ("before", *setting.methods):
-                    key = part_key(setting.model, setting.task, setting.arguments, seed, method)
-                    rows += kept.do(key, partial(_measure, lazy, setting, seed, method))
+    for setting, model in with_models(SETTINGS, models):
+        scored = _Scored(model)
+        for seed in setting.seeds:
+            task = load_task(setting.task, model.tokenizer, **setting.arguments, seed=seed)
+            for method in ("before", *setting.methods):
+                key = part_key(model, setting.model, task, _options(), seed, method)
+                rows += kept.do(key, partial(_measure, scored, task, setting, seed, method))
     if not rows:
         raise ValueError(f"No setting of this study is of {', '.join(models)}.")
     table = pd.DataFrame(rows).drop_duplicates(["label", "seed", "method", "step"])
@@ -147,38 +149,41 @@ def run(
     )
 
 
-class _Lazy:
-    """A model and what is derived from it, made when first needed."""
+class _Scored:
+    """A model and its decomposition, made when first needed."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._model: TransformerBridge | None = None
-        self._spectra: Spectra | None = None
+    def __init__(self, model: TransformerBridge) -> None:
+        self.model = model
 
-    @property
-    def model(self) -> TransformerBridge:
-        if self._model is None:
-            self._model = load_model(self._name, device="cpu")
-        return self._model
+    @cached_property
+    def _spectra(self) -> Spectra:
+        return decompose(self.model, progress=False)
 
     def scores(self, task: Task) -> tuple[Scores, float]:
         """Scores on the training examples, and the seconds that they took."""
-        if self._spectra is None:
-            self._spectra = decompose(self.model, progress=False)
-        start = time.perf_counter()
-        made = score(self.model, self._spectra, task.train, criterion="fisher", progress=False)
+        spectra, start = self._spectra, time.perf_counter()
+        made = score(self.model, spectra, task.train, criterion="fisher", progress=False)
         return made, time.perf_counter() - start
 
 
-def _measure(lazy: _Lazy, setting: Setting, seed: int, method: str) -> list[dict[str, Any]]:
+def _options() -> dict[str, Any]:
+    """All options of the searches, defaults among them."""
+    searches = {name: defaults(search) for name, search in SEARCHES.items()}
+    given = [_LEARNED_STEPS, _IN_TRIALS, _REFINED, _SHARE, _MINIBATCH, REFINED_EXAMPLES]
+    configs = [defaults(LearnedConfig), defaults(GuardedConfig)]
+    return {"searches": searches, "configs": configs, "given": given}
+
+
+def _measure(
+    scored: _Scored, task: Task, setting: Setting, seed: int, method: str
+) -> list[dict[str, Any]]:
     """The trace of a search; its last row holds what the chosen step does on test."""
-    model = lazy.model
-    task = load_task(setting.task, model.tokenizer, **setting.arguments, seed=seed)
+    model = scored.model
     common = {"model": setting.model, "label": setting.label, "seed": seed, "method": method}
     if method == "before":
         found = evaluate(model, task.test, progress=False)
         return [{**common, "step": -1, "components": 0, "share": 0.0, **_test(found)}]
-    base, seconds = lazy.scores(task)
+    base, seconds = scored.scores(task)
     start = time.perf_counter()
     result = _SEARCHES[method](model, base, task)
     seconds += time.perf_counter() - start
