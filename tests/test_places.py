@@ -1,4 +1,4 @@
-"""Folders in use, full disks, closed folders, files cut short, clocks that jump: nothing is lost."""
+"""Folders in use, full disks, closed folders, cut files, clocks that jump: nothing is lost."""
 
 import os
 import resource
