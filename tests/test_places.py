@@ -226,15 +226,19 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(tiny, tmp_path, monke
         el.load_model(tmp_path / "tiny.gguf", device="cpu")
 
 
+def bytes_of(tensor):
+    """Read without PyTorch, whose threads are not there after a fork."""
+    return tensor.detach().numpy().tobytes()
+
+
 def survives(check):
-    """Whether a process that does this ends by itself, and not by a bus error."""
+    """Whether a process finds this true, and does not end by a bus error."""
     pid = os.fork()
     if not pid:
         try:
-            check()
+            os._exit(0 if check() else 1)
         except BaseException:
             os._exit(1)
-        os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
@@ -246,16 +250,13 @@ def test_what_was_read_from_the_cache_outlives_its_file(tmp_path, monkeypatch):
     found = cache.kept("abc", lambda: pytest.fail("made again"))
     write_gguf(tmp_path / "tiny.gguf")
     model = el.load_model(tmp_path / "tiny.gguf", device="cpu")
-    sums = [parameter.sum() for parameter in model.parameters()]
+    before = [bytes_of(parameter) for parameter in model.parameters()]
     files = [*(tmp_path / "cache").rglob("*.safetensors")]
     assert len(files) == 2
     for file in files:
         os.truncate(file, 100)
-    assert survives(lambda: torch.testing.assert_close(found["x"], large))
-    parameters = list(model.parameters())
-    assert survives(
-        lambda: torch.testing.assert_close([p.sum() for p in parameters], sums, rtol=0, atol=0)
-    )
+    assert survives(lambda: bytes_of(found["x"]) == bytes_of(large))
+    assert survives(lambda: [bytes_of(p) for p in model.parameters()] == before)
     assert cache.kept("abc", lambda: {"made": large}).keys() == {"made"}
     el.load_model(tmp_path / "tiny.gguf", device="cpu")
 
@@ -281,7 +282,7 @@ def test_an_entry_of_the_future_goes_like_any_other(tmp_path, monkeypatch):
     os.utime(tmp_path / "bases" / "aa" / "aaa.safetensors", (time.time() + 1e9,) * 2)
     cache.trim()
     assert len(cache.entries()) == 2
-    cache.trim(0)
+    cache.trim(0.0)
     assert not cache.entries()
 
 
