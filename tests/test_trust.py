@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,8 @@ def outside(*folders):
 
 def test_paths_in_a_configuration_write_nowhere_else(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("EIGENLENS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     sys.addaudithook(note)
     shutil.copytree(tiny_folder("gpt2"), tmp_path / "models" / "..x")
     name = str(tmp_path / "models" / "a" / ".." / "..x")
@@ -133,4 +136,4 @@ def test_paths_in_a_configuration_write_nowhere_else(tiny_folder, tmp_path, monk
     table = run_grid(study, tmp_path / "cells")
     assert len(table) == 2
     assert any(write.is_relative_to(tmp_path / "cells") for write in writes)
-    assert not outside(tmp_path / "cells", tmp_path / "cache")
+    assert not outside(tmp_path / "cells", tmp_path / "cache", tmp_path / "temporary")
