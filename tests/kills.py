@@ -83,16 +83,10 @@ def experiment(shared: Path, own: Path) -> None:
 
 
 def figures(shared: Path, own: Path) -> None:
-    (own / "out").mkdir(exist_ok=True)
-    for name in ("gates", "suppressed", "transfer"):
-        shutil.copy(FIGURES / f"{name}.parquet", own / "out")
     command("figures", "--format", "html", "--out", own / "out")
 
 
 def report(shared: Path, own: Path) -> None:
-    if not (own / "run" / "metrics.json").is_file():
-        shutil.rmtree(own / "run", ignore_errors=True)
-        shutil.copytree(shared / "run", own / "run")
     command("report", own / "run")
 
 
@@ -112,6 +106,18 @@ OPERATIONS = {
     "cache": cache,
     "gguf": gguf,
 }
+
+
+def prepared(operation: str, shared: Path, own: Path) -> Path:
+    """A folder with what an operation works on."""
+    own.mkdir()
+    if operation == "report":
+        shutil.copytree(shared / "run", own / "run")
+    if operation == "figures":
+        (own / "out").mkdir()
+        for name in ("gates", "suppressed", "transfer"):
+            shutil.copy(FIGURES / f"{name}.parquet", own / "out")
+    return own
 
 
 def start(operation: str, shared: Path, own: Path, fatal: int = 0) -> int:
@@ -182,8 +188,7 @@ def contents(folder: Path) -> dict[str, object]:
 
 def try_out(operation: str, kills: int, shared: Path, root: Path, rng: random.Random) -> dict:
     """Kill an operation again and again, in folders of their own."""
-    whole = root / operation
-    whole.mkdir()
+    whole = prepared(operation, shared, root / operation)
     begin = time.monotonic()
     status = ended(start(operation, shared, whole))
     seconds = time.monotonic() - begin
@@ -196,8 +201,7 @@ def try_out(operation: str, kills: int, shared: Path, root: Path, rng: random.Ra
     events, wanted = int((root / f"{operation}.events").read_text()), contents(whole)
     count, failed = 0, []
     while count < kills and not failed:
-        own = root / f"{operation}-{count}"
-        own.mkdir()
+        own = prepared(operation, shared, root / f"{operation}-{count}")
         for _ in range(min(IN_A_CHAIN, kills - count)):
             if rng.random() < 0.5:
                 pid = start(operation, shared, own, fatal=rng.randint(1, events))

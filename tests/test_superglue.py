@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -134,7 +135,8 @@ def test_the_hub_gives_the_same_task(folder, monkeypatch):
     }
     asked = []
 
-    def load_dataset(path, config, split):
+    def load_dataset(path, config, split, revision):
+        assert re.fullmatch("[0-9a-f]{40}", revision)  # a commit, not a branch
         asked.append((path, config, split))
         file = {"train": "train", "validation": "val"}[split]
         source = folder / "superglue" / ROWS[config][0] / f"{file}.jsonl"

@@ -1,5 +1,7 @@
 """Plain text as examples: verbatim, consecutive, and of the length that was asked for."""
 
+import re
+
 import datasets
 import pytest
 from tiny_models import word_tokenizer
@@ -158,7 +160,8 @@ def test_wikitext(wiki, monkeypatch):
 
 
 def test_wikitext_from_the_hub(wiki, monkeypatch):
-    def load_dataset(path, config, split):
+    def load_dataset(path, config, split, revision):
+        assert re.fullmatch("[0-9a-f]{40}", revision)  # a commit, not a branch
         assert (path, config) == ("Salesforce/wikitext", "wikitext-2-v1")
         file = wiki / "wikitext-2" / f"{ {'validation': 'valid'}.get(split, split) }.txt"
         return datasets.Dataset.from_dict({"text": file.read_text().splitlines(keepends=True)})

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import datasets
 from datasets import Dataset
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 _VARIABLE = "EIGENLENS_DATA"
 
@@ -52,14 +52,24 @@ def data_file(folder: Path, collection: str, name: str) -> Path:
     )
 
 
-def from_hub(name: str, config: str, split: str) -> Dataset:
-    """A split of a data set on the Hub, from its cache where it was loaded before.
+Revision = Annotated[
+    str,
+    Field(
+        pattern="^[0-9a-f]{40}$",
+        description="commit of the Hub's data set, where no folder is named",
+    ),
+]
+"""A version of a data set that stays what it is, as branches and tags do not."""
+
+
+def from_hub(name: str, config: str, split: str, revision: str) -> Dataset:
+    """A split of a data set on the Hub at a commit, from its cache where it was loaded before.
 
     Raises:
         MissingDataError: the Hub cannot be reached or does not have it.
     """
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError) as error:
         raise MissingDataError(
             f"{name} ({config}, {split}) could not be loaded from the Hub: {error}. "

@@ -7,18 +7,18 @@ local folder or, in the same rows, from the Hub (:mod:`eigenlens.tasks.sources`)
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from eigenlens.tasks.rows import Row, read_rows
-from eigenlens.tasks.sources import LocalPath, data_file, data_folder, from_hub
+from eigenlens.tasks.sources import LocalPath, Revision, data_file, data_folder, from_hub
 from eigenlens.tasks.splits import Example, hold_out, take
 from eigenlens.tasks.task import Task, to_dataset
 
 _COLLECTION = "superglue"
 _HUB = "aps/super_glue"
+_REVISION = "3de24cf8022e94f4ee4b9d55a6f539891524d646"
 
 
 class SuperGlueConfig(BaseModel):
@@ -33,6 +33,7 @@ class SuperGlueConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: LocalPath | None = Field(default=None, description="folder that holds the official files")
+    revision: Revision = _REVISION
     n_train: int | None = Field(default=None, ge=1)
     n_validation: int | None = Field(default=None, ge=1)
     n_test: int | None = Field(default=None, ge=1)
@@ -111,7 +112,7 @@ def rte(**arguments: Any) -> Task:
 
 def _build(name: str, form: _Format, config: SuperGlueConfig) -> Task:
     official = [
-        [_example(row, form) for row in _rows(name, form, config.data, split)]
+        [_example(row, form) for row in _rows(name, form, config, split)]
         for split in ("train", "val")
     ]
     validation, rest = hold_out(official[0], config.n_validation, config.seed, "n_validation")
@@ -126,8 +127,8 @@ def _build(name: str, form: _Format, config: SuperGlueConfig) -> Task:
     )
 
 
-def _rows(name: str, form: _Format, data: Path | None, split: str) -> list[Row]:
-    folder = data_folder(data)
+def _rows(name: str, form: _Format, config: SuperGlueConfig, split: str) -> list[Row]:
+    folder = data_folder(config.data)
     if folder is not None:
         return read_rows(data_file(folder, _COLLECTION, f"{form.folder}/{split}.jsonl"))
     hub_split = {"train": "train", "val": "validation"}[split]
@@ -137,7 +138,7 @@ def _rows(name: str, form: _Format, data: Path | None, split: str) -> list[Row]:
             {**fields, "label": official.get(fields["label"], fields["label"])},
             f"{_HUB} {name} {hub_split}, row {number}",
         )
-        for number, fields in enumerate(from_hub(_HUB, name, hub_split))
+        for number, fields in enumerate(from_hub(_HUB, name, hub_split, config.revision))
     ]
 
 

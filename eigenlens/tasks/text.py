@@ -25,11 +25,12 @@ from transformers import PreTrainedTokenizerBase
 
 from eigenlens.inputs import check_tokenizer
 from eigenlens.tasks.rows import DataError
-from eigenlens.tasks.sources import LocalPath, data_file, data_folder, from_hub
+from eigenlens.tasks.sources import LocalPath, Revision, data_file, data_folder, from_hub
 from eigenlens.tasks.splits import Example, take
 from eigenlens.tasks.task import Task, to_dataset
 
 _HUB = ("Salesforce/wikitext", "wikitext-2-v1")
+_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 _COLLECTION = "wikitext-2"
 
 
@@ -42,6 +43,7 @@ class WikiTextConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: LocalPath | None = Field(default=None, description="folder that holds the text files")
+    revision: Revision = _REVISION
     n_train: int = Field(default=100, ge=1)
     n_validation: int = Field(default=100, ge=1)
     n_test: int = Field(default=200, ge=1)
@@ -54,7 +56,7 @@ def wikitext(**arguments: Any) -> Task:
     """WikiText-2: passages of Wikipedia, to see what an edit does to plain text."""
     config = WikiTextConfig(**arguments)
     valid, test = (
-        _passages(_wikitext(config.data, part), None, config.n_prompt_words, config.n_answer_words)
+        _passages(_wikitext(config, part), None, config.n_prompt_words, config.n_answer_words)
         for part in ("valid", "test")
     )
     n = config.n_train
@@ -68,12 +70,12 @@ def wikitext(**arguments: Any) -> Task:
     )
 
 
-def _wikitext(data: Path | None, part: str) -> str:
-    folder = data_folder(data)
+def _wikitext(config: WikiTextConfig, part: str) -> str:
+    folder = data_folder(config.data)
     if folder is not None:
         return _read(data_file(folder, _COLLECTION, f"{part}.txt"))
     split = {"valid": "validation", "test": "test"}[part]
-    return "".join(from_hub(*_HUB, split)["text"])
+    return "".join(from_hub(*_HUB, split, config.revision)["text"])
 
 
 def text_examples(
