@@ -5,7 +5,8 @@ Inside ``with Gates(model, scores)`` every coordinate runs as ``c + z (c̄ − c
 i and what lies between attenuates it. The gradient by gate i, ``Σ_t (c̄_t − c_t) (w_i · ∂L/∂h_t)``,
 is the first-order score of component i under all other gates, and it falls out of the backward
 pass. One step costs a forward and a backward pass of the model and four products of the small side,
-``4 width · k`` a token and head.
+``4 width · k`` a token and head, for the k components that have a gate: :meth:`Gates.keep` leaves
+gates to some.
 
 Memory: the means by position, and one activation per component and token of a batch.
 """
@@ -13,10 +14,12 @@ Memory: the means by position, and one activation per component and token of a b
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -25,8 +28,16 @@ from eigenlens.metrics import Metric, answer_logits, answer_loss, precise
 from eigenlens.positions import PositionTracker, add_hook, attach_tracker
 from eigenlens.scoring.scorer import split_table
 from eigenlens.scoring.scores import Scores
-from eigenlens.spectra import Spectrum, freeze_coordinates
+from eigenlens.spectra import Directions, Spectrum, freeze_coordinates
 from eigenlens.tasks.batches import Batch
+
+
+class _Gated(NamedTuple):
+    """The components of one activation that have gates, and which of all components they are."""
+
+    directions: Directions
+    table: Float[Tensor, "row head k"]
+    rows: Int[Tensor, " kept"]
 
 
 class Gates:
@@ -50,15 +61,19 @@ class Gates:
         """
         spectra = scores.spectra_on(model)
         self.model = model
-        self._sizes = spectra.sizes
-        self._spectra = list(spectra.values())
         self._positions = scores.means.positions
-        self._tables = split_table(spectra, torch.tensor(scores.means.table()))
+        tables = split_table(spectra, torch.tensor(scores.means.table()))
+        first = next(iter(spectra.values()))
+        numbers = torch.arange(len(scores), device=first.device).split(spectra.sizes)
+        self._gated = [
+            _Gated(s, tables[s.name], rows)
+            for s, rows in zip(spectra.values(), numbers, strict=True)
+        ]
         self._gates: list[Float[Tensor, "head k"]] = []
-        first = self._spectra[0]
         self.z: Float[Tensor, " component"] = torch.zeros(
             len(scores), dtype=first.dtype, device=first.device
         )
+        self._kept = torch.ones_like(self.z)
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> "Gates":
@@ -66,9 +81,10 @@ class Gates:
         try:
             tracker, release = attach_tracker(self.model)
             self._undo.append(release)
-            for number, spectrum in enumerate(self._spectra):
-                edit = partial(self._edit, tracker, number, spectrum)
-                self._undo.append(add_hook(self.model.hook_dict[spectrum.site.hook], edit))
+            for number, gated in enumerate(self._gated):
+                edit = partial(self._edit, tracker, number)
+                hook = self.model.hook_dict[gated.directions.site.hook]
+                self._undo.append(add_hook(hook, edit))
         except BaseException:
             self.__exit__()
             raise
@@ -79,11 +95,21 @@ class Gates:
             self._undo.pop()()
         self._gates = []
 
+    def keep(self, kept: Bool[Tensor, " component"]) -> None:
+        """Leave gates to these components alone; those of all others stay shut, at no cost."""
+        is_on = bool(self._undo)
+        self.__exit__()
+        self._kept = kept.to(self._kept)
+        narrowed = (_narrowed(gated, kept) for gated in self._gated)
+        self._gated = [gated for gated in narrowed if gated is not None]
+        if is_on:
+            self.__enter__()
+
     def set(self, z: Float[Tensor, " component"]) -> None:
         """Use the gates ``z`` in the forward passes to come."""
+        z = z * self._kept
         self._gates = [
-            part.to(s.device).view_as(s.sigma)
-            for s, part in zip(self._spectra, z.split(self._sizes), strict=True)
+            z[gated.rows].to(gated.table).view(gated.table.shape[1:]) for gated in self._gated
         ]
 
     def gradient(
@@ -108,19 +134,27 @@ class Gates:
             (slope,) = torch.autograd.grad(values.sum(), z)
         return values.detach(), slope
 
-    def _edit(
-        self,
-        tracker: PositionTracker,
-        number: int,
-        spectrum: Spectrum,
-        value: Tensor,
-        hook: Any,
-    ) -> Tensor:
-        h = spectrum.site.split(value, tracker.positions.shape[-1])
-        rows = self._positions.rows(tracker.positions.to(spectrum.device))
-        mean = self._tables[spectrum.name][rows]
-        edited = freeze_coordinates(h, spectrum, mean, self._gates[number])
-        return edited.reshape(value.shape)
+    def _edit(self, tracker: PositionTracker, number: int, value: Tensor, hook: Any) -> Tensor:
+        directions, table, _ = self._gated[number]
+        h = directions.site.split(value, tracker.positions.shape[-1])
+        mean = table[self._positions.rows(tracker.positions.to(table.device))]
+        return freeze_coordinates(h, directions, mean, self._gates[number]).reshape(value.shape)
+
+
+def _narrowed(gated: _Gated, kept: Bool[Tensor, " component"]) -> _Gated | None:
+    """What is left of the gates of one activation; ``None`` where nothing is."""
+    directions, table, rows = gated
+    here = kept[rows].nonzero()[:, 0]
+    if not len(here):
+        return None
+    k = table.shape[-1]
+    # A few directions over all heads side by side cost less than all of each head; many do not,
+    # and a basis that is standard costs nothing.
+    if not isinstance(directions, Spectrum) or directions.read is None or len(here) >= k:
+        return gated
+    head, index = np.divmod(here.cpu().numpy(), k)
+    flat = rearrange(table, "row head k -> row 1 (head k)")[..., here.to(table.device)]
+    return _Gated(directions.subset(head, index), flat, rows[here])
 
 
 @contextmanager

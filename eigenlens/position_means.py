@@ -137,6 +137,11 @@ class PositionMeans:
         """The mean over all positions at each of them."""
         return self.constant(self.fallback)
 
+    def shifted(self, shift: Float[np.ndarray, " component"]) -> "PositionMeans":
+        """Each component's means moved by the same at all positions."""
+        by = shift.astype(self.fallback.dtype)
+        return replace(self, values=self.values + by[:, None], fallback=self.fallback + by)
+
     def table(self) -> Float[np.ndarray, "component row"]:
         """The value at every row of ``positions``, the last one for positions without their own."""
         seen = np.where(self.count > 0, self.values, self.fallback[:, None])

@@ -1,5 +1,7 @@
 """Text that a model writes itself, and the price that it puts on components."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -57,23 +59,33 @@ def test_a_toy_has_no_text_of_its_own(writer, monkeypatch):
         own_text(writer, **SIZES)
 
 
-def test_prices_are_half_the_mean_square_of_the_slopes_of_single_passages(writer):
+@pytest.mark.parametrize("reference", ["shared", "mean"])
+def test_predicted_harm_is_half_the_mean_square_of_the_slopes_of_single_passages(writer, reference):
+    """With the means as they are, and moved: gates on the moved means are the independent truth."""
     scores = el.score(
-        writer, el.decompose(writer, progress=False), MIXED, reference="shared", progress=False
+        writer, el.decompose(writer, progress=False), MIXED, reference=reference, progress=False
     )
     text = own_text(writer, **SIZES)
-    protect = el.Protection(writer, {"own": text}, price=2.0)
-    steering = text.select(range(0, len(text), 2))
-    batches = make_batches(steering, writer, 1)
-    with Gates(writer, scores) as gates:
-        slopes = torch.stack([gates.gradient(batch)[1] for batch in batches]).double().numpy()
+    protect = el.Protection(writer, {"own": text})
+    batches = make_batches(text.select(range(0, len(text), 2)), writer, 1)
     n_tokens = sum(int(batch.answer_mask.sum()) for batch in batches)
-    expected = 2.0 * (slopes**2).sum(0) / 2 / n_tokens
-    found = protect.prices(scores, progress=False).numpy()
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
-    assert protect.prices(scores, progress=False).max() > 0
-    none = el.Protection(writer, {"own": text}, price=0.0).prices(scores, progress=False)
-    assert not none.any()
+
+    def half_square(shift):
+        moved = replace(scores, means=scores.means.shifted(shift.numpy()))
+        with Gates(writer, moved) as gates:
+            slopes = torch.stack([gates.gradient(batch)[1] for batch in batches]).double()
+        return slopes.square().sum(0) / 2 / n_tokens
+
+    harm = protect.harm(scores, progress=False)
+    best = harm.best_shift()
+    found = {}
+    for shift in (torch.zeros_like(best), best, best + 0.1, best - 0.1):
+        found[shift] = half_square(shift)
+        torch.testing.assert_close(harm.at(shift), found[shift], rtol=1e-6, atol=1e-12)
+    at_zero, least, above, below = found.values()
+    assert (least <= torch.minimum(above, below) + 1e-12).all()
+    assert least.sum() < 0.9 * at_zero.sum()
+    assert at_zero.max() > 0
 
 
 def test_an_open_gate_costs_its_price(writer):
@@ -89,7 +101,8 @@ def test_an_open_gate_costs_its_price(writer):
         protect = el.Protection(writer, {"own": text}, price=price, weight=0.0, bound=100.0)
         opened.append(el.learned(*data, protect=protect, progress=False).frozen)
     assert len(opened[1]) > 0
-    prices = protect.prices(scores, progress=False).numpy()
+    harm = protect.harm(scores, progress=False)
+    prices = harm.at(harm.best_shift()).numpy()
     means = [prices[[_row(scores, c) for c in f.components.itertuples()]].mean() for f in opened]
     assert means[1] < means[0]
 

@@ -529,3 +529,28 @@ def test_wrong_options_name_themselves(arith):
         Protection(model, {"test": task.test}, bound=-1.0)
     with pytest.raises(ValueError, match="No data to protect"):
         Protection(model, {})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("share", [0.02, 0.7])
+def test_gates_of_some_components_do_what_all_gates_do_with_the_others_shut(tiny, family, share):
+    model = tiny(family)
+    base = el.score(model, el.decompose(model, progress=False), MIXED, progress=False)
+    draws = torch.tensor(np.random.default_rng(3).uniform(0, 1, (2, len(base))))
+    kept = draws[0] < share
+    (batch,) = make_batches(MIXED, model, len(MIXED))
+    with Gates(model, base) as gates:
+        gates.z = draws[1] * kept
+        values, slope = gates.gradient(batch)
+        gates.z = draws[1]  # those without a gate are shut, whatever they are set to
+        gates.keep(kept)
+        fewer, some = gates.gradient(batch)
+        gates.keep(kept & (draws[1] > 0.5))
+        gates.z = torch.zeros_like(draws[1])
+        shut, _ = gates.gradient(batch)
+    with torch.no_grad():
+        torch.testing.assert_close(shut, answer_loss(answer_logits(model, batch), batch))
+    torch.testing.assert_close(fewer, values, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(some[kept], slope[kept], rtol=1e-8, atol=1e-10)
+    assert not some[~kept].any()
+    assert slope[kept].abs().max() > 1e-6

@@ -38,17 +38,9 @@ def first_order(components: pd.DataFrame) -> np.ndarray:
 
 def fisher(components: pd.DataFrame, n_examples: int) -> np.ndarray:
     """``mean_b e_b + ½ mean_b e_b²``; NaN where per-example effects were not computed."""
-    return first_order(components) + curvature(components, n_examples)
-
-
-def curvature(components: pd.DataFrame, n_examples: int) -> np.ndarray:
-    """``½ mean_b e_b²``, the second order of a negative log-likelihood by its Fisher information.
-
-    On text that the model wrote itself it is that of the divergence from the unedited model, whose
-    first order is zero.
-    """
     mean, std = components["effect"], components["std"]
-    return ((mean**2 + std**2 * (n_examples - 1) / n_examples) / 2).to_numpy()
+    square = mean**2 + std**2 * (n_examples - 1) / n_examples
+    return (mean + square / 2).to_numpy()
 
 
 def position_fisher(components: pd.DataFrame) -> np.ndarray:

@@ -3,21 +3,23 @@
 A gate is ``z = sigmoid(β s)``; the vector s is trained by Adam with the model's weights fixed, and
 β grows from 1 to ``sharpness`` over the steps, which drives every gate to 0 or 1 (other ways to get
 there: :mod:`eigenlens.search.relaxation`). A price per open gate keeps the set small, and where
-something is to be protected, away from components that other text depends on; dropping some gates
-in every step keeps it robust. One step is one forward and one backward pass of a
-minibatch (:mod:`eigenlens.gates`).
+something is to be protected, away from components that other text depends on, at the constants that
+it minds least; dropping some gates in every step keeps it robust. One step is one forward and one
+backward pass of a minibatch (:mod:`eigenlens.gates`); after a quarter of them only the most open
+gates go on, which makes a step as cheap as the model's own passes.
 
 Source of the idea that a gate's gradient is a component's score: this package.
 """
 
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,6 +30,7 @@ from eigenlens.frozen_set import FrozenSet
 from eigenlens.gates import Gates, faster_products
 from eigenlens.provenance import keeping_weights
 from eigenlens.scoring import Scores
+from eigenlens.search.foretelling import foretold
 from eigenlens.search.protection import Protection
 from eigenlens.search.relaxation import RelaxationName, relaxation
 from eigenlens.search.result import Checkpoint, SearchResult, best_step, look, trace_row
@@ -35,6 +38,8 @@ from eigenlens.tasks.batches import Batch, make_batches
 
 _SHARPNESS_FROZEN, _SHARPNESS_ATTENUATED = 100.0, 10.0
 _OFF = 1e-3  # a gate below this is left out: its component is not edited
+_ALL_UNTIL = 0.25  # share of the steps in which every component is a candidate
+_FEWEST_CANDIDATES = 2000
 _LAST_RATE = 0.1  # the learning rate ends at this share of its start
 
 
@@ -58,6 +63,8 @@ class LearnedConfig(BaseModel):
         start: value of a gate at the beginning, in (0, 1).
         spread: how far scores set gates apart at the beginning: s is higher by this much for the
             lowest score and lower by as much for the highest, in the order of the scores.
+        candidates: share of the gates, those of largest s, that go on after the first quarter of
+            the steps (2,000 at least); the others stay shut, and cost nothing more. 1 keeps all.
         every: steps between two looks at the validation data.
         patience: looks without improvement after which the search stops.
         batch_size: examples per minibatch.
@@ -67,7 +74,7 @@ class LearnedConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     attenuate: bool = False
-    steps: int = Field(default=180, ge=1)
+    steps: int = Field(default=120, ge=1)
     lr: float = Field(default=0.1, gt=0)
     sparsity: float = Field(default=3.0, ge=0)
     dropout: float = Field(default=0.2, ge=0, lt=1)
@@ -76,6 +83,7 @@ class LearnedConfig(BaseModel):
     averaging: float = Field(default=0.95, ge=0, lt=1)
     start: float = Field(default=0.05, gt=0, lt=1)
     spread: float = Field(default=0.0, ge=0)
+    candidates: float = Field(default=0.06, gt=0, le=1)
     every: int = Field(default=10, ge=1)
     patience: int = Field(default=12, ge=1)
     batch_size: int = Field(default=50, ge=1)
@@ -120,14 +128,16 @@ def learned(
     options = {"method": "learned", **config.model_dump(), "sharpness": config.final_sharpness}
     kept = Checkpoint(checkpoint, scores, train, validation, options, protect)
     saved = kept.load()
-    prices = saved[0]["prices"] if saved else _prices(scores, config, protect, progress)
+    harm, shift = _harm(scores, protect, saved, progress)
+    scores = replace(scores, means=scores.means.shifted(shift.numpy()))
+    prices = config.sparsity / len(scores) + harm
     with Gates(model, scores) as gates:
         run = _Training(gates, scores, train, config, protect, prices)
         search = _Search(model, run, validation, config, protect)
         search.resume(saved)
         bar = tqdm(range(search.done + 1, config.steps + 1), desc="learned", disable=not progress)
         losses: list[Tensor] = []
-        for step in bar:
+        for step in foretold(bar, resumable=checkpoint is not None):
             if search.looks_since_best >= config.patience:
                 break
             losses.append(run.step(step))
@@ -135,7 +145,8 @@ def learned(
                 continue
             found = search.look(step, float(torch.stack(losses).mean()))
             losses = []
-            kept.save(*search.state())
+            tensors, numbers = search.state()
+            kept.save({**tensors, "harm": harm, "shift": shift}, numbers)
             bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
     frozen = gated(scores, search.best)
     name = "learned (attenuated)" if config.attenuate else "learned (frozen)"
@@ -143,12 +154,23 @@ def learned(
     return SearchResult(name, frozen, table, *([protect.table(frozen)] if protect else []))
 
 
-def _prices(
-    scores: Scores, config: LearnedConfig, protect: Protection | None, progress: bool
-) -> Float[Tensor, " component"]:
-    """What each open gate costs, in nats of training loss."""
-    prices = torch.full((len(scores),), config.sparsity / len(scores), dtype=torch.float64)
-    return prices if protect is None else prices + protect.prices(scores, progress=progress)
+def _harm(
+    scores: Scores,
+    protect: Protection | None,
+    saved: tuple[dict[str, Tensor], dict[str, Any]] | None,
+    progress: bool,
+) -> tuple[Float[Tensor, " component"], Float[Tensor, " component"]]:
+    """What each open gate costs for the sake of others, in nats of loss, and by how much its mean
+    is moved to cost no more.
+    """
+    if saved is not None:
+        return saved[0]["harm"], saved[0]["shift"]
+    none = torch.zeros(len(scores), dtype=torch.float64)
+    if protect is None or not protect.price:
+        return none, none
+    harm = protect.harm(scores, progress=progress)
+    shift = harm.best_shift() if protect.move_means else none
+    return protect.price * harm.at(shift), shift
 
 
 def gated(scores: Scores, gates: Float[Tensor, " component"]) -> FrozenSet:
@@ -181,11 +203,12 @@ class _Training:
         self.mean_s = self.s.detach().clone()
         self._relaxation = relaxation(config.relax, config.final_sharpness)
         self._prices = prices.to(self.mean_s)
+        self._candidates = torch.ones_like(self.mean_s, dtype=torch.bool)
         self.adam = torch.optim.Adam([self.s], config.lr)
 
     def strength(self, step: int) -> Float[Tensor, " component"]:
         """The gates to measure at a step, of the averaged s."""
-        return self._relaxation.strength(self.mean_s, self._done(step))
+        return self._relaxation.strength(self.mean_s, self._done(step)) * self._candidates
 
     def _done(self, step: int) -> float:
         return step / self.config.steps
@@ -196,7 +219,7 @@ class _Training:
         done, random = self._done(step), self._generator(step)
         with torch.enable_grad():
             z = self._kept(random) * self._relaxation.sample(self.s, done, random)
-            openness = self._relaxation.price(self.s, z, done)
+            openness = self._relaxation.price(self.s, z, done) * self._candidates
         self.gates.z = z.detach()
         with faster_products():
             losses, slope = self.gates.gradient(batch)
@@ -208,7 +231,17 @@ class _Training:
         self.adam.param_groups[0]["lr"] = self.config.lr * self._decay(step)
         self.adam.step()
         self.mean_s.lerp_(self.s.detach(), 1 - self.config.averaging)
+        n = max(_FEWEST_CANDIDATES, math.ceil(self.config.candidates * len(self.s)))
+        if step == math.ceil(_ALL_UNTIL * self.config.steps) and n < len(self.s):
+            most = torch.zeros_like(self._candidates)
+            self._narrow(most.index_fill(0, self.mean_s.topk(n).indices, True))
         return losses.mean()
+
+    def _narrow(self, candidates: Bool[Tensor, " component"]) -> None:
+        """Only these gates may be open from now on."""
+        self._candidates = candidates.to(self.s.device)
+        if not self._candidates.all():
+            self.gates.keep(self._candidates)
 
     def _generator(self, step: int) -> torch.Generator:
         """A function of the step alone, as minibatches are."""
@@ -217,7 +250,7 @@ class _Training:
     def _kept(self, generator: torch.Generator) -> Float[Tensor, " component"]:
         """Ones, and zeros where a gate is shut for this step."""
         kept = torch.rand(len(self.s), generator=generator) >= self.config.dropout
-        return kept.to(self.s)
+        return kept.to(self.s) * self._candidates
 
     def _decay(self, step: int) -> float:
         cosine = (1 + math.cos(math.pi * step / self.config.steps)) / 2
@@ -234,7 +267,7 @@ class _Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a resumed training needs."""
-        own = {"s": self.s.detach(), "mean_s": self.mean_s, "prices": self._prices}
+        own = {"s": self.s.detach(), "mean_s": self.mean_s, "candidates": self._candidates}
         return {**own, **self.adam.state_dict()["state"][0]}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -242,6 +275,7 @@ class _Training:
         with torch.no_grad():
             self.s.copy_(tensors["s"])
             self.mean_s.copy_(tensors["mean_s"])
+        self._narrow(tensors["candidates"])
         # load_state_dict puts each part where the optimiser wants it.
         state = {name: tensors[name] for name in ("step", "exp_avg", "exp_avg_sq")}
         groups = self.adam.state_dict()["param_groups"]

@@ -2,14 +2,17 @@
 
 Closeness is ``KL(unedited ‖ edited)`` per answer token, in nats. One half of each data set steers a
 search: it gives every component a price in proportion to the harm that freezing it is predicted to
-do (:meth:`Protection.prices`), or a penalty at every step. The other half decides whether an edit
+do, and the constant that does least (:mod:`eigenlens.search.predicted_harm`), or a penalty at every
+step. The other half decides whether an edit
 is within the bound. What an edit costs is reported on examples that did neither, where these are
 given.
 Memory: the unedited log-probabilities, ``answer tokens × d_vocab`` floats.
 """
 
 from collections.abc import Mapping
+from functools import reduce
 from itertools import chain, zip_longest
+from operator import add
 from typing import NamedTuple
 
 import pandas as pd
@@ -26,8 +29,8 @@ from eigenlens.gates import Gates
 from eigenlens.inputs import check_data
 from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_logits, kl_to_unedited, precise
-from eigenlens.scoring import Scores, score
-from eigenlens.scoring.criteria import curvature
+from eigenlens.scoring import Scores
+from eigenlens.search.predicted_harm import PredictedHarm, predicted_harm
 from eigenlens.tasks.batches import Batch, make_batches
 
 
@@ -49,7 +52,8 @@ class Protection:
         *,
         unseen: Mapping[str, Dataset] | None = None,
         bound: float = 0.05,
-        price: float = 12.0,
+        price: float = 6.0,
+        move_means: bool = True,
         weight: float = 10.0,
         batch_size: int = 50,
     ) -> None:
@@ -62,6 +66,8 @@ class Protection:
                 :meth:`table` is of. By default it is of the half that also decides, which flatters.
             bound: most nats per answer token that an edit may diverge on any data set.
             price: of a gate in ``learned``, nats of loss per nat of predicted divergence.
+            move_means: where gates have a price, ``learned`` freezes at the constants that are
+                predicted to diverge least, and not at the task's means.
             weight: of a penalty on the divergence itself in ``learned``, at the price of a second
                 forward and backward pass a step. Needed where the model is sure of its answers:
                 the prediction is of second order, and nothing there. Plain text does without.
@@ -89,6 +95,7 @@ class Protection:
         self.data = dict(data)
         self.bound = bound
         self.price = price
+        self.move_means = move_means
         self.weight = weight
         self._model = model
         self._batch_size = batch_size
@@ -112,30 +119,18 @@ class Protection:
             kl_to_unedited(self._model, data, self._batch_size),
         )
 
-    def prices(self, scores: Scores, *, progress: bool = True) -> Float[Tensor, " component"]:
-        """Price of freezing each component: ``price`` × its predicted divergence, in nats.
-
-        Predicted is the second order in the strength, ``½ E[e²]`` per answer token, summed over the
-        data sets: one forward and one backward pass of the steering half, under the means of
-        ``scores``. It is the Fisher information where the model wrote the text itself, and the
-        empirical one on other text.
-        """
-        spectra, total = scores.spectra_on(self._model), torch.zeros(len(scores)).double()
-        for data in self._steering.values() if self.price else ():
-            found = score(
+    def harm(self, scores: Scores, *, progress: bool = True) -> PredictedHarm:
+        """What freezing each component is predicted to do to the steering halves, added up."""
+        found = [
+            predicted_harm(
                 self._model,
-                spectra,
-                data,
-                criterion="fisher",
-                means=scores,
-                batch_size=self._batch_size,
+                scores,
+                make_batches(data, self._model, self._batch_size),
                 progress=progress,
             )
-            batches = make_batches(data, self._model, self._batch_size)
-            n_tokens = sum(int(batch.answer_mask.sum()) for batch in batches)
-            harm = curvature(found.components, len(data)) * len(data) / n_tokens
-            total += self.price * torch.tensor(harm)
-        return total
+            for data in self._steering.values()
+        ]
+        return reduce(add, found)
 
     def slope(self, gates: Gates, step: int) -> Float[Tensor, " component"]:
         """Gradient of the penalty by every gate, on one batch; batches take turns by ``step``."""

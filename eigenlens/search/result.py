@@ -131,7 +131,7 @@ class Checkpoint:
         if protect is not None:
             data |= {f"protected {name}": rows for name, rows in protect.data.items()}
             options = {**options, "bound": protect.bound, "price": protect.price}
-            options["weight"] = protect.weight
+            options |= {"weight": protect.weight, "move_means": protect.move_means}
         self._identity = {
             "model": scores.provenance.model_fingerprint,
             "scores": [scores.criterion, scores.reference, scores.z, scores.provenance.task_hash],
