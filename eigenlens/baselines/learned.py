@@ -25,6 +25,7 @@ class Learned(Baseline):
         reference: the means that take a coordinate's place.
         price: of a gate, in nats of loss per nat that freezing is predicted to cost the model's own
             text (:class:`eigenlens.Protection`); 0 protects nothing.
+        move_means: with a price, freeze at the constants that this text minds least.
         options: further options, of :class:`eigenlens.LearnedConfig`.
     """
 
@@ -33,6 +34,7 @@ class Learned(Baseline):
     criterion: Criterion = "mean"
     reference: Reference = "mean"
     price: float = 0.0
+    move_means: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,4 +74,11 @@ class Learned(Baseline):
         if not self.price:
             return None
         text = {OWN_TEXT: own_text(search.model)}
-        return Protection(search.model, text, price=self.price, weight=0.0, bound=math.inf)
+        return Protection(
+            search.model,
+            text,
+            price=self.price,
+            move_means=self.move_means,
+            weight=0.0,
+            bound=math.inf,
+        )
