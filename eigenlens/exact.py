@@ -6,7 +6,6 @@ then repeated, and in every copy another component of that layer is frozen.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,12 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.copies import MOST_ROWS, CopyEdit, tiled, tiled_beside
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.scoring import Scores
-from eigenlens.spectra import Spectra, Spectrum, freeze_coordinates
+from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch, make_batches
-
-_MOST_ROWS = 400  # rows of a pass: more do not make a processor faster, and take memory
 
 
 def exact_effects(
@@ -67,7 +65,7 @@ def exact_effects(
             base = metric(precise(answer_logits(model, batch)), batch)
         for layer in np.unique(layers):
             members = np.flatnonzero(layers == layer)
-            chunk = max(1, _MOST_ROWS // len(batch))
+            chunk = max(1, MOST_ROWS // len(batch))
             for start in range(0, len(members), chunk):
                 which = members[start : start + chunk]
                 copies = _Copies(model, spectra, scores, rows[which], int(layer), batch, strength)
@@ -101,8 +99,24 @@ class _Copies:
         for kind in dict.fromkeys(kinds):
             copies = np.flatnonzero(kinds == kind)
             spectrum = spectra[f"blocks.{layer}.{kind}"]
-            edit = _Edit(spectrum, scores, rows[copies], copies, self._n, batch, strength)
+            chosen = scores.components.iloc[rows[copies]]
+            edit = CopyEdit(
+                spectrum,
+                chosen["head"].to_numpy(),
+                chosen["index"].to_numpy(),
+                self._mean(spectrum, scores, rows[copies], batch),
+                copies=copies,
+                n_copies=self._n,
+                strength=strength,
+            )
             self._edits.append((spectrum.site.hook, edit))
+
+    @staticmethod
+    def _mean(
+        spectrum: Spectrum, scores: Scores, rows: np.ndarray, batch: Batch
+    ) -> Float[Tensor, "1 pos k"]:
+        mean = torch.tensor(scores.means[rows].at(batch.positions), device=spectrum.device)
+        return rearrange(mean, "k pos -> 1 pos k")
 
     def logits(self) -> Float[Tensor, "copy batch answer d_vocab"]:
         """Logits at the answer positions of every copy."""
@@ -124,54 +138,9 @@ class _Copies:
     def _enter(
         self, first: bool, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args = (self._tiled(args[0]) if first else args[0], *map(self._side, args[1:]))
-        return args, {name: self._side(value) for name, value in kwargs.items()}
+        first_arg = tiled(args[0], self._n) if first else args[0]
+        args = (first_arg, *map(self._beside, args[1:]))
+        return args, {name: self._beside(value) for name, value in kwargs.items()}
 
-    def _side(self, value: Any) -> Any:
-        """Masks and positions that have a row per example (or per example and head)."""
-        if isinstance(value, tuple):
-            return tuple(map(self._side, value))
-        rows = len(self._batch)
-        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] % rows == 0:
-            return self._tiled(value)
-        return value
-
-    def _tiled(self, value: Tensor) -> Tensor:
-        return value.repeat(self._n, *[1] * (value.ndim - 1))
-
-
-class _Edit:
-    """Freezes component k of one matrix in copy k: copies take the place of heads."""
-
-    def __init__(
-        self,
-        spectrum: Spectrum,
-        scores: Scores,
-        rows: np.ndarray,
-        copies: np.ndarray,
-        n_copies: int,
-        batch: Batch,
-        strength: float,
-    ) -> None:
-        chosen = scores.components.iloc[rows]
-        flat = spectrum.subset(chosen["head"].to_numpy(), chosen["index"].to_numpy())
-        assert flat.read is not None
-        assert flat.write is not None
-        self._own = replace(
-            flat,
-            read=rearrange(flat.read, "1 width k -> k width 1"),
-            write=rearrange(flat.write, "1 k width -> k 1 width"),
-        )
-        mean = torch.tensor(scores.means[rows].at(batch.positions)).to(flat.write)
-        self._mean = rearrange(mean, "k pos -> pos k 1")
-        self._copies = torch.tensor(copies, device=flat.write.device)
-        self._n = n_copies
-        self._strength = strength
-
-    def __call__(self, value: Tensor, hook: Any) -> Tensor:
-        h = self._own.site.split(value, len(self._mean))
-        h = rearrange(h, "(copy b) pos 1 width -> b pos copy width", copy=self._n)
-        edited = freeze_coordinates(h[:, :, self._copies], self._own, self._mean, self._strength)
-        h = h.index_copy(2, self._copies, edited)
-        h = rearrange(h, "b pos copy width -> (copy b) pos width")
-        return h.reshape(value.shape).contiguous()  # Conv1D takes a view of its input
+    def _beside(self, value: Any) -> Any:
+        return tiled_beside(value, self._n, len(self._batch))
