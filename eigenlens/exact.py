@@ -19,10 +19,13 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.copies import MOST_ROWS, CopyEdit, tiled, tiled_beside
+from eigenlens.matrices import Site
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
+from eigenlens.passes import Activation, FiniteCheck, record
 from eigenlens.scoring import Scores
 from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch, make_batches
+from eigenlens.tasks.pairs import paired
 
 
 def exact_effects(
@@ -42,7 +45,8 @@ def exact_effects(
 
     Args:
         model: in eval mode, unedited.
-        scores: give directions and the means that replace activations.
+        scores: give directions and the means that replace activations; with the reference ``pair``
+            the counterparts' activations replace them instead.
         rows: of ``scores.components``, one component each.
         data: examples to measure on.
         strength: 1 freezes, less attenuates.
@@ -51,7 +55,8 @@ def exact_effects(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a model in training mode; scores without directions.
+        ValueError: a model in training mode; scores without directions; ``pair`` with data that
+            have no counterparts.
     """
     check_eval_mode(model)
     spectra = scores.spectra_on(model)
@@ -59,8 +64,10 @@ def exact_effects(
     batches = make_batches(data, model, batch_size)
     effects = np.empty((len(rows), len(data)))
     layers = scores.components["layer"].to_numpy()[rows]
+    pairs = paired(batches, data, model) if scores.reference == "pair" else [None] * len(batches)
     bar = tqdm(total=len(rows) * len(batches), desc="exact", disable=not progress)
-    for batch in batches:
+    for batch, pair in zip(batches, pairs, strict=True):
+        goals = _Goals(model, spectra, scores, batch, pair)
         with torch.no_grad():
             base = metric(precise(answer_logits(model, batch)), batch)
         for layer in np.unique(layers):
@@ -68,13 +75,51 @@ def exact_effects(
             chunk = max(1, MOST_ROWS // len(batch))
             for start in range(0, len(members), chunk):
                 which = members[start : start + chunk]
-                copies = _Copies(model, spectra, scores, rows[which], int(layer), batch, strength)
+                copies = _Copies(
+                    model, spectra, scores, rows[which], int(layer), batch, goals, strength
+                )
                 for at, logits in zip(which, copies.logits(), strict=True):
                     change = metric(precise(logits), batch) - base
                     effects[at, batch.indices] = change.cpu().double().numpy()
                 bar.update(len(which))
     bar.close()
     return effects
+
+
+class _Goals:
+    """What takes the place of coordinates: their means, or what the counterparts hold."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        spectra: Spectra,
+        scores: Scores,
+        batch: Batch,
+        pair: Batch | None,
+    ) -> None:
+        self._scores = scores
+        self._batch = batch
+        self._held: dict[str, Tensor] | None = None
+        if pair is not None:
+            held: dict[str, Tensor] = {}
+
+            def keep(site: Site, h: Activation) -> None:
+                held[site.name] = h
+
+            finite = FiniteCheck()
+            record(model, [s.site for s in spectra.values()], pair, keep, finite)
+            finite.check()
+            self._held = held
+
+    def of(self, spectrum: Spectrum, rows: np.ndarray) -> Float[Tensor, "#batch pos k"]:
+        """For these components of one matrix."""
+        if self._held is None:
+            mean = self._scores.means[rows].at(self._batch.positions)
+            return rearrange(torch.tensor(mean, device=spectrum.device), "k pos -> 1 pos k")
+        chosen = self._scores.components.iloc[rows]
+        c = spectrum.coordinates(self._held[spectrum.name].to(spectrum.dtype))
+        head, index = (torch.tensor(chosen[name].to_numpy()) for name in ("head", "index"))
+        return c[:, :, head.to(c.device), index.to(c.device)]
 
 
 class _Copies:
@@ -88,6 +133,7 @@ class _Copies:
         rows: np.ndarray,
         layer: int,
         batch: Batch,
+        goals: "_Goals",
         strength: float,
     ) -> None:
         self._model = model
@@ -104,19 +150,12 @@ class _Copies:
                 spectrum,
                 chosen["head"].to_numpy(),
                 chosen["index"].to_numpy(),
-                self._mean(spectrum, scores, rows[copies], batch),
+                goals.of(spectrum, rows[copies]),
                 copies=copies,
                 n_copies=self._n,
                 strength=strength,
             )
             self._edits.append((spectrum.site.hook, edit))
-
-    @staticmethod
-    def _mean(
-        spectrum: Spectrum, scores: Scores, rows: np.ndarray, batch: Batch
-    ) -> Float[Tensor, "1 pos k"]:
-        mean = torch.tensor(scores.means[rows].at(batch.positions), device=spectrum.device)
-        return rearrange(mean, "k pos -> 1 pos k")
 
     def logits(self) -> Float[Tensor, "copy batch answer d_vocab"]:
         """Logits at the answer positions of every copy."""

@@ -8,9 +8,11 @@ from tiny_models import EQUAL, MIXED
 from transformers import AutoModelForCausalLM
 
 import eigenlens as el
+from eigenlens.evaluation import evaluate
 from eigenlens.exact import exact_effects
 from eigenlens.far_side import output_vectors
 from eigenlens.metrics import answer_loss
+from eigenlens.paper.studies import peers
 from eigenlens.passes import FiniteCheck, forward_backward
 from eigenlens.scoring.by_cache import effects_by_cache
 from eigenlens.tasks import make_batches
@@ -310,3 +312,40 @@ def test_peers_are_saved_and_not_mixed_up(tiny, tmp_path):
         back.with_criterion("atp_star")
     with pytest.raises(ValueError, match="steps=0"):
         quiet(model, spectra, EQUAL, criterion="eap_ig_inputs", steps=0)
+
+
+def test_study_counts_verifications_and_what_scores_cost(tmp_path):
+    file = tmp_path / "peers.yaml"
+    file.write_text(
+        "models: [arith-tiny]\nn_examples: 4\nsteps: 1\nk: [2, 6]\n"
+        "tasks: {product: {task: ambiguous, arguments: {n_train: 20}}}\n"
+    )
+    found = peers.run(config=file)
+    assert set(found.table["method"]) >= set(peers.METHODS)
+    model = el.load_model("arith-tiny", device="cpu")
+    data = el.load_task("ambiguous", n_train=20).train.select(range(4))
+    scores = quiet(model, spectra_of(model), data, criterion="mean")
+    exact = exact_effects(model, scores, np.arange(len(scores)), data, progress=False).mean(1)
+    harmful = set(np.argsort(exact)[:6].tolist())
+    found_at, verified = [], 0
+    for row in np.argsort(scores.delta_loss, kind="stable").tolist():
+        verified += 1
+        if row in harmful:
+            found_at.append(verified)
+    (mean,) = found.table[(found.table["method"] == "mean") & (found.table["k"] == 6)].to_dict(
+        "records"
+    )
+    assert mean["found_at"] == " ".join(map(str, found_at))
+    stated = found.summary.set_index("scores").loc["attribution patching"]
+    within = sum(place + 3 <= 50 for place in found_at)  # a forward and a backward pass
+    assert int(stated["found, 50 passes"]) == within
+    # The most harmful component is that, by the evaluation of the frozen model.
+    worst = el.FrozenSet.from_scores(scores, np.argsort(exact)[:1])
+    before = evaluate(model, data, progress=False).loss
+    with el.freeze(model, worst):
+        assert evaluate(model, data, progress=False).loss - before == pytest.approx(
+            exact.min(), abs=1e-5
+        )
+    file.write_text("models: []\ntasks: {}\n")
+    with pytest.raises(ValueError, match="not a valid study"):
+        peers.run(config=file)
