@@ -327,9 +327,9 @@ def test_study_counts_verifications_and_what_scores_cost(tmp_path):
     scores = quiet(model, spectra_of(model), data, criterion="mean")
     exact = exact_effects(model, scores, np.arange(len(scores)), data, progress=False).mean(1)
     harmful = set(np.argsort(exact)[:6].tolist())
-    found_at, verified = [], 0
-    for row in np.argsort(scores.delta_loss, kind="stable").tolist():
-        verified += 1
+    found_at = []
+    order = np.argsort(scores.delta_loss, kind="stable").tolist()
+    for verified, row in enumerate(order, start=1):
         if row in harmful:
             found_at.append(verified)
     (mean,) = found.table[(found.table["method"] == "mean") & (found.table["k"] == 6)].to_dict(

@@ -184,7 +184,7 @@ def _cost(method: str, model: TransformerBridge, spectra: Spectra, steps: int) -
     layer = sum(own) / sum(sizes) / n_layers
     correction = 1 + layer * sum(s.sigma.numel() + 2 for s in before)  # and its inputs
     drop = 3 * n_layers
-    return {
+    costs = {
         "margin": 4,
         "mean": 3,
         "grad_activation": 3,
@@ -193,7 +193,8 @@ def _cost(method: str, model: TransformerBridge, spectra: Spectra, steps: int) -
         "atp_qk": 2 + 3 + correction,
         "atp_drop": 2 + 3 + drop,
         "atp_star": 2 + 3 + drop + correction,
-    }.get(method, 0)
+    }
+    return float(costs.get(method, 0))
 
 
 def _label(method: str) -> str:
@@ -204,7 +205,7 @@ def _found_at(row: pd.Series) -> np.ndarray:
     return np.array(row["found_at"].split(), dtype=int)
 
 
-def _within(row: pd.Series, budget: float) -> int:
+def _within(row: pd.Series, budget: int) -> int:
     """How many of the k are found with so many passes, scores included."""
     return int((_found_at(row) <= budget - row["passes"]).sum())
 
@@ -219,7 +220,7 @@ def text(table: pd.DataFrame) -> str:
         "budget of forward passes over the data, what the scores cost included: a backward pass "
         "counts as two, a verification as one, and the run of one attention layer that AtP's QK "
         "correction takes for each query and key coordinate as that layer's share of the weights. "
-        "Spearman's ρ is with exact effects, `|ρ|` of magnitudes with magnitudes, which is what "
+        "Spearman's ρ is with exact effects, and that of magnitudes with magnitudes, which is what "
         "GradDrop estimates; its sign is that of attribution patching. Several tasks or splits "
         "are given one after the other."
     )
@@ -253,7 +254,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             "scores": _label(str(method)),
             "passes": f"{own['passes'].mean():.0f}",
             "ρ": _each(own["spearman"], "{:.2f}"),
-            "|ρ|": _each(own["magnitude"], "{:.2f}"),
+            "ρ of magnitudes": _each(own["magnitude"], "{:.2f}"),
         }
         for k, of_k in part.groupby("k"):
             row[f"all {k} at"] = _each(of_k.apply(lambda r: _found_at(r)[-1], axis=1))
