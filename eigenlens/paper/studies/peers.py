@@ -222,7 +222,8 @@ def text(table: pd.DataFrame) -> str:
         "correction takes for each query and key coordinate as that layer's share of the weights. "
         "Spearman's ρ is with exact effects, and that of magnitudes with magnitudes, which is what "
         "GradDrop estimates; its sign is that of attribution patching. Several tasks or splits "
-        "are given one after the other."
+        "are given one after the other; the figure shows "
+        "the first split."
     )
 
 
