@@ -7,10 +7,12 @@ from . import report as report
 from .activations import ActivationChange as ActivationChange
 from .activations import activation_change as activation_change
 from .circuits import Circuit as Circuit
+from .circuits import Examples as Examples
 from .circuits import Readout as Readout
 from .circuits import circuit as circuit
 from .circuits import composition as composition
 from .circuits import cut_paths as cut_paths
+from .circuits import examples as examples
 from .circuits import readout as readout
 from .decomposition import decompose as decompose
 from .evaluation import Comparison as Comparison

@@ -76,9 +76,11 @@ def run(
     ] = None,
     criterion: Annotated[
         str | None,
-        typer.Option(help="mean, max, max_everywhere, ucb, fisher, position_fisher or margin."),
+        typer.Option(help="margin, mean, max, fisher, atp_star, … (all are in the README)."),
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="mean, shared, zero or resample.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="mean, shared, zero, resample or pair.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per pass.")] = None,
     positions: Annotated[
         int | None, typer.Option(help="Last prompt positions with a mean of their own.")

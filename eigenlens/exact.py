@@ -6,7 +6,6 @@ then repeated, and in every copy another component of that layer is frozen.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,14 +18,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.copies import MOST_ROWS, CopyEdit, tiled, tiled_beside
 from eigenlens.inputs import check_data
+from eigenlens.matrices import Site
 from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
+from eigenlens.passes import Activation, FiniteCheck, record
 from eigenlens.scoring import Scores
-from eigenlens.spectra import Spectra, Spectrum, freeze_coordinates
+from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch, make_batches
-
-_MOST_ROWS = 400  # rows of a pass: more do not make a processor faster, and take memory
+from eigenlens.tasks.pairs import paired
 
 
 def exact_effects(
@@ -46,7 +47,8 @@ def exact_effects(
 
     Args:
         model: in eval mode, unedited.
-        scores: give directions and the means that replace activations.
+        scores: give directions and the means that replace activations; with the reference ``pair``
+            the counterparts' activations replace them instead.
         rows: of ``scores.components``, one component each.
         data: examples to measure on.
         strength: 1 freezes, less attenuates.
@@ -55,13 +57,14 @@ def exact_effects(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a model in training mode; scores without directions.
+        ValueError: a model in training mode; scores without directions; ``pair`` with data that
+            have no counterparts.
     """
     check_eval_mode(model)
     spectra = scores.spectra_on(model)
     check_data(data)
     run = partial(_exact, model, scores, spectra, np.asarray(rows), data, strength, metric)
-    most = max(_MOST_ROWS, batch_size)
+    most = max(MOST_ROWS, batch_size)
     return fitting(model, "exact", most, lambda size: run(batch_size, size, progress))
 
 
@@ -81,8 +84,10 @@ def _exact(
     batches = make_batches(data, model, min(batch_size, most))
     effects = np.empty((len(rows), len(data)))
     layers = scores.components["layer"].to_numpy()[rows]
+    pairs = paired(batches, data, model) if scores.reference == "pair" else [None] * len(batches)
     bar = tqdm(total=len(rows) * len(batches), desc="exact", disable=not progress)
-    for batch in batches:
+    for batch, pair in zip(batches, pairs, strict=True):
+        goals = _Goals(model, spectra, scores, batch, pair)
         with torch.no_grad():
             base = metric(precise(answer_logits(model, batch)), batch)
         for layer in np.unique(layers):
@@ -90,13 +95,51 @@ def _exact(
             chunk = max(1, most // len(batch))
             for start in range(0, len(members), chunk):
                 which = members[start : start + chunk]
-                copies = _Copies(model, spectra, scores, rows[which], int(layer), batch, strength)
+                copies = _Copies(
+                    model, spectra, scores, rows[which], int(layer), batch, goals, strength
+                )
                 for at, logits in zip(which, copies.logits(), strict=True):
                     change = metric(precise(logits), batch) - base
                     effects[at, batch.indices] = change.cpu().double().numpy()
                 bar.update(len(which))
     bar.close()
     return effects
+
+
+class _Goals:
+    """What takes the place of coordinates: their means, or what the counterparts hold."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        spectra: Spectra,
+        scores: Scores,
+        batch: Batch,
+        pair: Batch | None,
+    ) -> None:
+        self._scores = scores
+        self._batch = batch
+        self._held: dict[str, Tensor] | None = None
+        if pair is not None:
+            held: dict[str, Tensor] = {}
+
+            def keep(site: Site, h: Activation) -> None:
+                held[site.name] = h
+
+            finite = FiniteCheck()
+            record(model, [s.site for s in spectra.values()], pair, keep, finite)
+            finite.check()
+            self._held = held
+
+    def of(self, spectrum: Spectrum, rows: np.ndarray) -> Float[Tensor, "#batch pos k"]:
+        """For these components of one matrix."""
+        if self._held is None:
+            mean = self._scores.means[rows].at(self._batch.positions)
+            return rearrange(torch.tensor(mean, device=spectrum.device), "k pos -> 1 pos k")
+        chosen = self._scores.components.iloc[rows]
+        c = spectrum.coordinates(self._held[spectrum.name].to(spectrum.dtype))
+        head, index = (torch.tensor(chosen[name].to_numpy()) for name in ("head", "index"))
+        return c[:, :, head.to(c.device), index.to(c.device)]
 
 
 class _Copies:
@@ -110,6 +153,7 @@ class _Copies:
         rows: np.ndarray,
         layer: int,
         batch: Batch,
+        goals: "_Goals",
         strength: float,
     ) -> None:
         self._model = model
@@ -121,7 +165,16 @@ class _Copies:
         for kind in dict.fromkeys(kinds):
             copies = np.flatnonzero(kinds == kind)
             spectrum = spectra[f"blocks.{layer}.{kind}"]
-            edit = _Edit(spectrum, scores, rows[copies], copies, self._n, batch, strength)
+            chosen = scores.components.iloc[rows[copies]]
+            edit = CopyEdit(
+                spectrum,
+                chosen["head"].to_numpy(),
+                chosen["index"].to_numpy(),
+                goals.of(spectrum, rows[copies]),
+                copies=copies,
+                n_copies=self._n,
+                strength=strength,
+            )
             self._edits.append((spectrum.site.hook, edit))
 
     def logits(self) -> Float[Tensor, "copy batch answer d_vocab"]:
@@ -144,54 +197,9 @@ class _Copies:
     def _enter(
         self, first: bool, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args = (self._tiled(args[0]) if first else args[0], *map(self._side, args[1:]))
-        return args, {name: self._side(value) for name, value in kwargs.items()}
+        first_arg = tiled(args[0], self._n) if first else args[0]
+        args = (first_arg, *map(self._beside, args[1:]))
+        return args, {name: self._beside(value) for name, value in kwargs.items()}
 
-    def _side(self, value: Any) -> Any:
-        """Masks and positions that have a row per example (or per example and head)."""
-        if isinstance(value, tuple):
-            return tuple(map(self._side, value))
-        rows = len(self._batch)
-        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] % rows == 0:
-            return self._tiled(value)
-        return value
-
-    def _tiled(self, value: Tensor) -> Tensor:
-        return value.repeat(self._n, *[1] * (value.ndim - 1))
-
-
-class _Edit:
-    """Freezes component k of one matrix in copy k: copies take the place of heads."""
-
-    def __init__(
-        self,
-        spectrum: Spectrum,
-        scores: Scores,
-        rows: np.ndarray,
-        copies: np.ndarray,
-        n_copies: int,
-        batch: Batch,
-        strength: float,
-    ) -> None:
-        chosen = scores.components.iloc[rows]
-        flat = spectrum.subset(chosen["head"].to_numpy(), chosen["index"].to_numpy())
-        assert flat.read is not None
-        assert flat.write is not None
-        self._own = replace(
-            flat,
-            read=rearrange(flat.read, "1 width k -> k width 1"),
-            write=rearrange(flat.write, "1 k width -> k 1 width"),
-        )
-        mean = torch.tensor(scores.means[rows].at(batch.positions)).to(flat.write)
-        self._mean = rearrange(mean, "k pos -> pos k 1")
-        self._copies = torch.tensor(copies, device=flat.write.device)
-        self._n = n_copies
-        self._strength = strength
-
-    def __call__(self, value: Tensor, hook: Any) -> Tensor:
-        h = self._own.site.split(value, len(self._mean))
-        h = rearrange(h, "(copy b) pos 1 width -> b pos copy width", copy=self._n)
-        edited = freeze_coordinates(h[:, :, self._copies], self._own, self._mean, self._strength)
-        h = h.index_copy(2, self._copies, edited)
-        h = rearrange(h, "b pos copy width -> (copy b) pos width")
-        return h.reshape(value.shape).contiguous()  # Conv1D takes a view of its input
+    def _beside(self, value: Any) -> Any:
+        return tiled_beside(value, self._n, len(self._batch))

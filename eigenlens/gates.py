@@ -26,7 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_logits, answer_loss, precise
 from eigenlens.positions import PositionTracker, add_hook, attach_tracker
-from eigenlens.scoring.scorer import split_table
+from eigenlens.scoring.references import split_table
 from eigenlens.scoring.scores import Scores
 from eigenlens.spectra import Directions, Spectrum, freeze_coordinates
 from eigenlens.tasks.batches import Batch

@@ -66,12 +66,22 @@ def forward_backward(
     metric: Metric,
     handle: GradHandler,
     finite: FiniteCheck,
+    hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
 ) -> Float[Tensor, " batch"]:
     """One forward and one backward pass of the summed metric.
 
     Every site's activation and gradient go to ``handle(site, h, ∂metric/∂h, metric)`` as the
     backward pass reaches it. No gradient of a weight is computed, and nothing below the first site
-    is differentiated.
+    is differentiated. Where the metric does not reach a site, nothing is handed out.
+
+    Args:
+        model: in eval mode.
+        sites: activations to hand out.
+        batch: what to run.
+        metric: a number per example.
+        handle: takes them.
+        finite: remembers which examples were finite.
+        hooks: edits of the pass by hook name, made before anything is handed out.
 
     Returns:
         The metric of each example.
@@ -94,7 +104,7 @@ def forward_backward(
         handle(site, h, site.split(grad.detach(), n_pos), values[-1])
 
     first = min(site.layer for site in sites)
-    fwd: list[tuple[str, Callable[..., Any]]] = [(f"blocks.{first}.hook_in", start)]
+    fwd: list[tuple[str, Callable[..., Any]]] = [*hooks, (f"blocks.{first}.hook_in", start)]
     fwd += [(site.hook, partial(keep, site)) for site in sites]
     bwd = [(site.hook, partial(consume, site)) for site in sites]
     with torch.enable_grad(), model.hooks(fwd_hooks=fwd, bwd_hooks=bwd):

@@ -1,9 +1,19 @@
 """Circuits: what components read and write, and the paths between kept and pruned ones."""
 
 from eigenlens.circuits.composition import composition
+from eigenlens.circuits.examples import Examples, examples
 from eigenlens.circuits.graph import Circuit
 from eigenlens.circuits.intervention import cut_paths
 from eigenlens.circuits.readout import Readout, readout
 from eigenlens.circuits.trace import circuit
 
-__all__ = ["Circuit", "Readout", "circuit", "composition", "cut_paths", "readout"]
+__all__ = [
+    "Circuit",
+    "Examples",
+    "Readout",
+    "circuit",
+    "composition",
+    "cut_paths",
+    "examples",
+    "readout",
+]

@@ -4,8 +4,9 @@ Reading: the cosine of what the component's coordinate is of its map's input wit
 embedding behind the norm (position embeddings left out). Writing: the direction that the coordinate
 adds to, through the final norm's weight and the unembedding, in logits per unit written at scale
 one, over the mean of all tokens. ``W_Q``, ``W_K`` and ``QK`` write no tokens: they give pairs
-(query token, key token) whose attention score they raise or lower, rotary turns and norms of
-queries and keys left out.
+(query token, key token) whose attention score they raise or lower, the key ``distance`` tokens
+before the query (turned as :mod:`eigenlens.circuits.rotary` says), norms of queries and keys left
+out.
 
 Signs: the tokens with positive scores drive the coordinate up, and those ``promoted`` get higher
 logits when it is up; when it is down everything turns round. A degenerate block has no signs: its
@@ -35,6 +36,7 @@ from eigenlens.circuits.residual import (
     weight_of,
     write_rows,
 )
+from eigenlens.circuits.rotary import turns
 from eigenlens.far_side import unit
 from eigenlens.files import FileFormatError, load_record, save_record
 from eigenlens.provenance import Provenance
@@ -57,6 +59,8 @@ class Readout:
         pairs: ``query, key, through, score`` for ``W_Q``, ``W_K`` and ``QK``: attention score per
             unit embeddings, before the division by ``√d_head``.
         provenance: model and versions.
+        distance: tokens that the key stands before the query in ``pairs``, and in ``reads`` of a
+            ``QK`` on the side of the key.
     """
 
     node: str
@@ -65,6 +69,7 @@ class Readout:
     writes: pd.DataFrame
     pairs: pd.DataFrame
     provenance: Provenance
+    distance: int = 0
 
     def _repr_html_(self) -> str:
         parts = [
@@ -72,13 +77,15 @@ class Readout:
             for name in _TABLES
             if len(table := getattr(self, name))
         ]
-        return f"<p>{html.escape(self.node)}</p>" + "".join(parts)
+        note = f", key {self.distance} tokens before the query" if self.distance else ""
+        return f"<p>{html.escape(self.node)}{note}</p>" + "".join(parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file."""
         tables = {name: getattr(self, name).to_dict(orient="list") for name in _TABLES}
-        rest = {"node": self.node, "provenance": self.provenance.model_dump()}
-        save_record(path, "readout", {**rest, **tables})
+        rest = {"node": self.node, "distance": self.distance}
+        provenance = self.provenance.model_dump()
+        save_record(path, "readout", {**rest, "provenance": provenance, **tables})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Readout":
@@ -91,7 +98,8 @@ class Readout:
         record = load_record(path, "readout")
         try:
             tables = {name: pd.DataFrame(record[name]) for name in _TABLES}
-            return cls(record["node"], **tables, provenance=Provenance(**record["provenance"]))
+            provenance = Provenance(**record["provenance"])
+            return cls(record["node"], **tables, provenance=provenance, distance=record["distance"])
         except KeyError as error:
             raise FileFormatError(f"{path} lacks {error}.") from error
 
@@ -106,6 +114,7 @@ def readout(
     index: int,
     *,
     top: int = 10,
+    distance: int = 0,
 ) -> Readout:
     """Describe what a component reads and writes.
 
@@ -117,16 +126,19 @@ def readout(
         head: 0 for MLP maps.
         index: in the order of singular values. In a degenerate block, the whole block is described.
         top: rows of each kind.
+        distance: tokens that the key stands before the query, where an attention score is read:
+            rotary embeddings turn the two against each other.
 
     Raises:
-        ValueError: no such component; ``top`` below 1; spectra of other weights.
+        ValueError: no such component; ``top`` below 1; spectra of other weights; a ``distance``
+            beyond the context, or in a model whose turns cannot be read off.
     """
     if top < 1:
         raise ValueError(f"top={top}: ask for one row at least.")
     spectra = spectra.on(model)
     place = {"layer": layer, "matrix": matrix, "head": head, "index": index}
     (node,) = make_nodes(spectra, pd.DataFrame([place]))
-    tokens = _Tokens(model)
+    tokens = _Tokens(model, distance)
     read = tokens.reads(node)
     written = {h: tokens.logits(rows) for h, rows in write_rows(model, node).items()}
     return Readout(
@@ -142,6 +154,7 @@ def readout(
         ),
         pairs=tokens.pairs(node, top),
         provenance=Provenance.of(model),
+        distance=distance,
     )
 
 
@@ -183,8 +196,9 @@ def _concat(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
 class _Tokens:
     """Scores of all tokens; keeps the embeddings behind the norm that was used last."""
 
-    def __init__(self, model: TransformerBridge) -> None:
+    def __init__(self, model: TransformerBridge, distance: int = 0) -> None:
         self.model = model
+        self.distance = distance
         self._norm: tuple[int, bool] | None = None
         self._embeddings: Float[Tensor, "token d_model"] | None = None
 
@@ -201,7 +215,7 @@ class _Tokens:
         """Cosine of what the node reads with every token, by side."""
         return {
             side: _lengths(at_norm_one(rows) @ self.embeddings(node, rows).T)
-            for side, rows in read_rows(self.model, node).items()
+            for side, rows in read_rows(self.model, node, self.distance).items()
         }
 
     def logits(self, rows: Rows) -> Float[Tensor, " token"]:
@@ -225,6 +239,8 @@ class _Tokens:
         is_query = node.site.matrix == "W_Q"
         other = map_of(self.model, node.site.layer, "W_K" if is_query else "W_Q")
         reads, writes = head_rows(self.model, node)
+        turn = turns(self.model, node.site.layer, self.distance, writes)
+        writes = writes @ (turn if is_query else turn.T)
         tokens = self.embeddings(node, reads)
         own, parts = tokens @ reads.T, []
         # One key head serves as many query heads as there are more of them.

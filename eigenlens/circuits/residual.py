@@ -5,7 +5,7 @@ writes through ``W_O`` of the query heads that it feeds, ``W_O`` and ``OV`` read
 their head, ``W_in`` and ``W_gate`` write through ``W_out``, and ``W_out`` reads through ``W_in``.
 Attention patterns count as given, and derivatives of activation functions as one. ``QK`` reads the
 stream twice: what its coordinate is of the query's, and through ``W_K`` what it is multiplied with
-of the key's.
+of the key's, turned by the rotary embedding of their distance.
 """
 
 import numpy as np
@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.circuits.nodes import Node
 from eigenlens.circuits.norms import gain_after
+from eigenlens.circuits.rotary import turns
 from eigenlens.far_side import unit
 from eigenlens.matrices import WeightMatrix, map_of
 
@@ -41,10 +42,11 @@ def own_rows(model: TransformerBridge, node: Node) -> tuple[Rows, Rows]:
     return unit(reads), unit(writes)
 
 
-def read_rows(model: TransformerBridge, node: Node) -> dict[str, Rows]:
+def read_rows(model: TransformerBridge, node: Node, distance: int = 0) -> dict[str, Rows]:
     """Directions that a node reads behind the norm before it: ``query`` and ``key`` of ``QK``.
 
-    Of the others there is one set, under an empty name.
+    Of the others there is one set, under an empty name. The key stands ``distance`` tokens before
+    the query.
     """
     site = node.site
     u, v = own_rows(model, node)
@@ -56,7 +58,7 @@ def read_rows(model: TransformerBridge, node: Node) -> dict[str, Rows]:
     if site.kind == "QK":
         keys = map_of(model, site.layer, "W_K")
         key = weight_of(keys, v)[node.head * keys.n_heads // site.n_heads]
-        return {"query": u, "key": v @ key.mT}
+        return {"query": u, "key": v @ turns(model, site.layer, distance, v) @ key.mT}
     return {"": u}
 
 

@@ -15,35 +15,28 @@ Source: Eigenpruning (arXiv 2404.03147), section 3; attribution patching (Nanda,
 """
 
 from collections.abc import Sequence
-from functools import cached_property, partial
 
 import numpy as np
 import psutil
 import torch
 from datasets import Dataset
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.far_side import zero_coordinates
 from eigenlens.inputs import check_data
 from eigenlens.matrices import Site
 from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_loss, check_eval_mode
-from eigenlens.passes import (
-    Activation,
-    FiniteCheck,
-    forward_backward,
-    record,
-    widened,
-    without_padding,
-)
+from eigenlens.passes import Activation, FiniteCheck, without_padding
 from eigenlens.position_means import PositionMeans, Positions
-from eigenlens.scoring.accumulators import ActivationSums, CrossSums, EffectSums, spread
+from eigenlens.scoring.accumulators import CrossSums, EffectSums, spread
+from eigenlens.scoring.peers import check_peer, peer_effects
+from eigenlens.scoring.references import References, Swap
+from eigenlens.scoring.running import Passes
 from eigenlens.scoring.scores import (
     CRITERIA,
+    PEERS,
     REFERENCES,
     Criterion,
     Reference,
@@ -51,6 +44,7 @@ from eigenlens.scoring.scores import (
 )
 from eigenlens.spectra import COMPONENT, Spectra
 from eigenlens.tasks.batches import Batch, make_batches
+from eigenlens.tasks.pairs import paired
 
 _BY_POSITION = ("max", "max_everywhere", "position_fisher")
 Statistics = dict[str, list[Float[Tensor, "_ _"]]]  # [head, k] of each matrix
@@ -67,6 +61,7 @@ def score(
     stderr: bool = False,
     n_positions: int | None = None,
     means: Scores | None = None,
+    steps: int = 5,
     batch_size: int = 50,
     memory_gb: float | None = None,
     seed: int = 0,
@@ -83,11 +78,15 @@ def score(
             paper's code does: no maximum is then below zero), ``ucb`` (mean + standard deviation),
             ``fisher`` (mean + ½ mean square: the empirical-Fisher second-order estimate of the
             loss), ``margin`` (the loss if freezing moves the answer's log-odds linearly),
-            ``position_fisher`` (as ``fisher``, with positions apart). The last three suppose that
-            the metric is a negative log-likelihood.
+            ``position_fisher`` (as ``fisher``, with positions apart). These three suppose that
+            the metric is a negative log-likelihood. ``grad_activation``, ``eap_ig_inputs``,
+            ``eap_ig_activations``, ``atp_qk``, ``atp_drop`` and ``atp_star`` are scores of other
+            methods (:mod:`eigenlens.scoring.peers`).
         reference: what freezing puts in place of a coordinate: its per-position ``mean``, the one
-            mean over all positions (``shared``), that at input ``zero``, or that of another example
-            of the batch (``resample``).
+            mean over all positions (``shared``), that at input ``zero``, that of another example
+            of the batch (``resample``), or that of the example's own counterpart, whose prompt is
+            in the column ``corrupt`` (``pair``; the means that a frozen set then gets are those of
+            the counterparts).
         metric: a number per example from ``(logits at the answer positions, batch)``; the loss
             (negative log-likelihood of the answer, nats) by default.
         stderr: also compute standard errors over examples.
@@ -96,6 +95,7 @@ def score(
         means: scores of the same components whose means freezing puts in place, where those of
             ``data`` under the model of now are not meant: scoring under an edit, or on a part of
             the examples. Saves the forward pass for the means; ``n_positions`` is then theirs.
+        steps: nodes of the paths of ``eap_ig_inputs`` and ``eap_ig_activations``.
         batch_size: examples per pass.
         memory_gb: room for sums of outer products; by default a quarter of what is free.
         seed: of the resampling.
@@ -105,31 +105,44 @@ def score(
         ValueError: an unknown criterion or reference; a negative ``n_positions``; a model in
             training mode or with other weights than ``spectra``; ``means`` of other components; an
             empty or untokenisable data set; prompts longer than the context; ``resample`` with a
-            batch of one; NaN or infinite activations.
+            batch of one; ``pair`` with an example that has no counterpart of as many tokens;
+            ``steps`` below 1; ``atp_drop`` and ``atp_star`` of one layer; NaN or infinite
+            activations.
     """
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("reference", reference, REFERENCES)
     check_eval_mode(model)
     check_data(data)
     spectra = spectra.on(model)
+    check_peer(criterion, len(model.blocks), steps)
     if means is not None:
         _check_components(means, spectra)
     smallest = 2 if reference == "resample" else 1
 
     def passes(size: int) -> tuple[dict[str, np.ndarray], PositionMeans]:
         batches = make_batches(data, model, size, smallest=smallest)
+        pairs = paired(batches, data, model) if reference == "pair" else None
         positions = Positions.of(batches, n_positions)
         if means is not None:
             positions = means.means.positions
         elif reference in ("shared", "zero"):
             positions = Positions()
         given = None if means is None else means.means
-        run = _Scorer(model, spectra, batches, reference, metric, positions, given, seed, progress)
-        if criterion == "mean" and not stderr:
+        finite = FiniteCheck()
+        references = References(
+            model, spectra, batches, pairs, reference, positions, given, seed, finite
+        )
+        here = Passes(model, spectra, metric, finite, progress)
+        run = _Scorer(here, batches, references, finite)
+        if criterion == "grad_activation":
+            statistics = run.streaming(memory_gb, to_zero=True)
+        elif criterion in PEERS:
+            statistics = run.by_peer(criterion, steps)
+        elif criterion == "mean" and not stderr:
             statistics = run.streaming(memory_gb)
         else:
             statistics = run.per_example(criterion)
-        return _columns(statistics), run.means
+        return _columns(statistics), references.means
 
     columns, found = fitting(model, "score", min(batch_size, len(data)), passes, smallest=smallest)
     return Scores.made_of(
@@ -189,64 +202,29 @@ def has_room(spectra: Spectra, memory_gb: float | None) -> bool:
 
 
 class _Scorer:
-    """One scoring run: the batches, their positions, and the sums per matrix."""
+    """One scoring run: the batches, what takes a coordinate's place, and the sums per matrix."""
 
     def __init__(
-        self,
-        model: TransformerBridge,
-        spectra: Spectra,
-        batches: list[Batch],
-        reference: str,
-        metric: Metric,
-        positions: Positions,
-        given: PositionMeans | None,
-        seed: int,
-        progress: bool,
+        self, passes: Passes, batches: list[Batch], references: References, finite: FiniteCheck
     ) -> None:
-        self.model = model
-        self.spectra = spectra
+        self.passes = passes
         self.batches = batches
-        self.reference = reference
-        self.metric = metric
-        self.positions = positions
-        self.given = given
-        self.progress = progress
-        self.generator = torch.Generator().manual_seed(seed)
+        self.references = references
+        self.finite = finite
+        self.spectra = passes.spectra
         self.n_examples = sum(len(batch) for batch in batches)
-        self.sites = [s.site for s in spectra.values()]
-        self.finite = FiniteCheck()
-        self.sums = self._activation_sums()
 
-    def _activation_sums(self) -> dict[str, ActivationSums]:
-        n_rows = len(self.positions) + 1
-        return {name: ActivationSums.zeros(s, n_rows) for name, s in self.spectra.items()}
+    def streaming(self, memory_gb: float | None, *, to_zero: bool = False) -> Statistics:
+        """Mean effects from one forward and one backward pass per batch.
 
-    @cached_property
-    def means(self) -> PositionMeans:
-        """What freezing puts in place of each coordinate, once the sums are complete."""
-        if self.given is not None:
-            return self.given
-        if self.reference == "zero":
-            zero = [zero_coordinates(self.model, s).flatten() for s in self.spectra.values()]
-            return PositionMeans.constant(torch.cat([z.cpu() for z in zero]).numpy())
-        total = [
-            s.coordinates(self.sums[name].total).flatten(1).cpu()
-            for name, s in self.spectra.items()
-        ]
-        count = self.positions.count(self.batches).cpu()
-        return PositionMeans.from_sums(self.positions, torch.cat(total, dim=1), count)
-
-    def references(self) -> dict[str, Float[Tensor, "row _ _"]]:
-        """What takes a coordinate's place, by row of positions."""
-        return split_table(self.spectra, torch.tensor(self.means.table()))
-
-    def streaming(self, memory_gb: float | None) -> Statistics:
-        """Mean effects from one forward and one backward pass per batch."""
+        ``to_zero``: of a coordinate that becomes zero, whatever takes its place when it is frozen.
+        """
         whole = has_room(self.spectra, memory_gb)
         cross = {name: CrossSums.zeros(s, whole=whole) for name, s in self.spectra.items()}
-        slopes = self._activation_sums()
-        for batch in self._bar("score"):
-            rows, partner = self.positions.of_batch(batch), self._partner(batch)
+        slopes = self.references.empty_sums()
+        for batch in self.passes.bar(self.batches, "score"):
+            rows = self.references.positions.of_batch(batch)
+            swap = self.references.swap(batch)
 
             def add(
                 site: Site,
@@ -255,43 +233,48 @@ class _Scorer:
                 values: Tensor,
                 rows: Tensor = rows,
                 batch: Batch = batch,
-                partner: Tensor | None = partner,
+                swap: Swap | None = swap,
             ) -> None:
-                h, g = without_padding(h, batch), without_padding(g, batch)
-                if self.given is None:
-                    self.sums[site.name].update(rows, h)
-                if partner is not None:
-                    h = h - _resampled(h, batch, partner)
+                g = without_padding(g, batch)
+                other = None if swap is None else swap.of(site.name, h)
+                # Of pairs, it is the counterparts whose means take the place.
+                paired = swap is not None and swap.held is not None
+                self.references.add(site, batch, other if paired and other is not None else h)
+                if other is not None and not to_zero:
+                    h = h - other
+                h = without_padding(h, batch)
                 slopes[site.name].update(rows, g)
                 cross[site.name].update(self.spectra[site.name], h, g)
 
-            forward_backward(self.model, self.sites, batch, self.metric, add, self.finite)
+            self.passes.differentiate(batch, add)
         self.finite.check()
-        references = self.references() if self.reference != "resample" else {}
+        no_value = self.references.swaps or to_zero
         effects = []
         for name, s in self.spectra.items():
             total = -cross[name].on(s)
-            if name in references:
-                total = total + (references[name] * s.slopes(slopes[name].total)).sum(0)
+            if not no_value:
+                total = total + (self.references.values[name] * s.slopes(slopes[name].total)).sum(0)
             effects.append(total / self.n_examples)
-        return {"effect": effects}
+        return {"estimate" if to_zero else "effect": effects}
+
+    def mean_pass(self) -> None:
+        """A forward pass for the means that single effects are measured against."""
+        if self.references.need_a_pass:
+            for batch in self.passes.bar(self.batches, "means"):
+                self.references.run(batch)
+        self.finite.check()
 
     def per_example(self, criterion: str) -> Statistics:
         """Mean, spread and worst of single effects; takes a forward pass for the means first."""
-        for batch in self._bar("means") if self.given is None and self.reference != "zero" else ():
-            rows = self.positions.of_batch(batch)
-            add_means = partial(self._add_activation, batch, rows)
-            record(self.model, self.sites, batch, add_means, self.finite)
-        self.finite.check()
-        references = self.references()
+        self.mean_pass()
         by_position = criterion in _BY_POSITION
-        axis = Positions.of(self.batches, self.positions.n_positions)
+        axis = Positions.of(self.batches, self.references.positions.n_positions)
         varies = self._varying(criterion, axis) if by_position else None
         sums = {
             name: EffectSums.zeros(s, by_position=by_position) for name, s in self.spectra.items()
         }
-        for batch in self._bar("score"):
-            rows, partner = self.positions.of_batch(batch), self._partner(batch)
+        for batch in self.passes.bar(self.batches, "score"):
+            swap = self.references.swap(batch)
             here = batch.attention_mask
             if varies is not None:
                 here = here & varies[axis.of_batch(batch)]
@@ -301,20 +284,16 @@ class _Scorer:
                 h: Activation,
                 g: Activation,
                 values: Tensor,
-                rows: Tensor = rows,
                 batch: Batch = batch,
-                partner: Tensor | None = partner,
+                swap: Swap | None = swap,
                 here: Tensor = here,
             ) -> None:
                 s = self.spectra[site.name]
-                c = s.coordinates(h.to(s.dtype))
-                other = references[site.name][rows.to(s.device)]
-                if partner is not None:
-                    other = _resampled(c, batch, partner)
-                effect = (other - c).mul_(s.slopes(g.to(s.dtype)))
+                other = self.references.coordinates(s, batch, swap, h)
+                effect = (other - s.coordinates(h.to(s.dtype))).mul_(s.slopes(g.to(s.dtype)))
                 sums[site.name].update(without_padding(effect, batch), here, values)
 
-            forward_backward(self.model, self.sites, batch, self.metric, add, self.finite)
+            self.passes.differentiate(batch, add)
         self.finite.check()
         n, found = self.n_examples, list(sums.values())
         statistics: Statistics = {
@@ -330,6 +309,13 @@ class _Scorer:
             statistics["worst"] = [m.worst for m in found if m.worst is not None]
         return statistics
 
+    def by_peer(self, criterion: str, steps: int) -> Statistics:
+        """Scores of other methods (:mod:`eigenlens.scoring.peers`)."""
+        self.mean_pass()
+        found = peer_effects(self.passes, self.references, self.batches, criterion, steps)
+        self.finite.check()
+        return {"estimate": [found[name] / self.n_examples for name in self.spectra]}
+
     def _varying(self, criterion: str, axis: Positions) -> Bool[Tensor, " row"]:
         varies = varying_positions(self.batches, axis)
         if criterion == "max_everywhere":
@@ -337,34 +323,3 @@ class _Scorer:
         if not varies.any():
             raise ValueError("All examples have the same prompt: no activation varies.")
         return varies.to(self.batches[0].tokens.device)
-
-    def _add_activation(self, batch: Batch, rows: Tensor, site: Site, h: Activation) -> None:
-        self.sums[site.name].update(rows, without_padding(h, batch))
-
-    def _partner(self, batch: Batch) -> Tensor | None:
-        """For ``resample``: another example of the batch for each (a rotation by a random step)."""
-        if self.reference != "resample":
-            return None
-        step = int(torch.randint(1, len(batch), (), generator=self.generator))
-        return torch.arange(len(batch), device=batch.tokens.device).roll(step)
-
-    def _bar(self, name: str) -> "tqdm[Batch]":
-        return tqdm(self.batches, desc=name, unit="batch", disable=not self.progress)
-
-
-def split_table(
-    spectra: Spectra, table: Float[Tensor, "component row"]
-) -> dict[str, Float[Tensor, "row _ _"]]:
-    """A table over all components cut into matrices, where their directions are."""
-    return {
-        s.name: rearrange(part, "(head k) row -> row head k", head=s.site.n_heads).to(
-            s.device, s.dtype
-        )
-        for s, part in zip(spectra.values(), table.split(spectra.sizes), strict=True)
-    }
-
-
-def _resampled(values: Tensor, batch: Batch, partner: Tensor) -> Tensor:
-    """Values of the partner, and one's own where the partner has no token."""
-    there = widened(batch.attention_mask[partner], values)
-    return torch.where(there, values[partner.to(values.device)], values)

@@ -18,19 +18,35 @@ from eigenlens.provenance import Provenance, data_hash
 from eigenlens.scoring.criteria import first_order, fisher, position_fisher
 from eigenlens.spectra import COMPONENT, Spectra
 
-Criterion = Literal["mean", "max", "max_everywhere", "ucb", "fisher", "position_fisher", "margin"]
-Reference = Literal["mean", "shared", "zero", "resample"]
+Criterion = Literal[
+    "mean",
+    "max",
+    "max_everywhere",
+    "ucb",
+    "fisher",
+    "position_fisher",
+    "margin",
+    "grad_activation",
+    "eap_ig_inputs",
+    "eap_ig_activations",
+    "atp_qk",
+    "atp_drop",
+    "atp_star",
+]
+Reference = Literal["mean", "shared", "zero", "resample", "pair"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 REFERENCES: tuple[str, ...] = get_args(Reference)
 STATISTICS = ["effect", "std", "margin", "margin_std", "position_square", "worst", "estimate"]
-_NO_MEAN = ("max", "max_everywhere", "ucb")
+PEERS = CRITERIA[CRITERIA.index("grad_activation") :]  # of other methods: one score at a time
+# Worst cases, magnitudes, and the effect of another edit.
+_NO_MEAN = ("max", "max_everywhere", "ucb", "grad_activation", "atp_drop", "atp_star")
 _NEEDS = {"ucb": "std", "fisher": "std", "margin": "margin", "max": "worst"}
 _NEEDS |= {"max_everywhere": "worst", "position_fisher": "position_square"}
 
 
 def estimates_mean(criterion: str, reference: str) -> bool:
     """Whether such scores estimate the mean effect of freezing, which exact effects can replace."""
-    return criterion not in _NO_MEAN and reference != "resample"
+    return criterion not in _NO_MEAN and reference not in ("resample", "pair")
 
 
 @dataclass(frozen=True)
@@ -48,9 +64,10 @@ class Scores:
             single effect), ``ucb`` (mean + z · std), ``fisher`` (mean + ½ mean square),
             ``position_fisher`` (the same with squares of single positions), ``margin`` (the mean
             change of the loss if log-odds move linearly), or the name of the estimate
-            (:mod:`eigenlens.refinement`).
+            (:mod:`eigenlens.scoring.peers`, :mod:`eigenlens.refinement`).
         reference: where ``means`` come from: per-position ``mean``, one ``shared`` mean, ``zero``
-            input, or per-position means with effects against another example (``resample``).
+            input, or per-position means with effects against another example (``resample``) or
+            against the counterpart (``pair``: the means are those of the counterparts).
         n_examples: examples scored.
         provenance: model, task, seed and versions.
         z: standard deviations that ``ucb`` adds.
@@ -115,7 +132,8 @@ class Scores:
             return c["margin"].to_numpy()
         if self.criterion == "ucb":
             return first_order(c) + self.z * c["std"].to_numpy()
-        return c["worst" if self.criterion in CRITERIA else "estimate"].to_numpy()
+        worst = self.criterion in ("max", "max_everywhere")
+        return c["worst" if worst else "estimate"].to_numpy()
 
     @property
     def stderr(self) -> np.ndarray:
@@ -162,6 +180,8 @@ class Scores:
         """
         if criterion not in CRITERIA:
             raise ValueError(f"Unknown criterion {criterion!r}; choose from {', '.join(CRITERIA)}.")
+        if criterion in PEERS and criterion != self.criterion:
+            raise ValueError(f"criterion={criterion!r} was not computed: score again with it.")
         needed = _NEEDS.get(criterion)
         if needed is not None and self.components[needed].isna().all():
             raise ValueError(

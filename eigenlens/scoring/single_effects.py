@@ -22,7 +22,7 @@ from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_loss
 from eigenlens.passes import Activation, FiniteCheck, forward_backward, without_padding
 from eigenlens.scoring.accumulators import margin_effect, spread
-from eigenlens.scoring.scorer import split_table
+from eigenlens.scoring.references import split_table
 from eigenlens.scoring.scores import Scores
 from eigenlens.tasks.batches import Batch, make_batches
 

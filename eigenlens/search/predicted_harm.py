@@ -26,7 +26,7 @@ from eigenlens.matrices import Site
 from eigenlens.metrics import answer_loss
 from eigenlens.passes import Activation, FiniteCheck, forward_backward, without_padding
 from eigenlens.scoring import Scores
-from eigenlens.scoring.scorer import split_table
+from eigenlens.scoring.references import split_table
 from eigenlens.tasks.batches import Batch
 
 _Each = Float[Tensor, " component"]

@@ -2,6 +2,9 @@
 
 ``"{a} + {b} ="`` → ``" {a + b}"`` and ``"{a} x {b} ="`` → ``" {a * b}"``. The pairs (a, b) and
 (b, a) always land in the same split, so that no test answer was seen in training.
+
+The counterpart of an example (column ``corrupt``) is another prompt of its split with another
+answer, whose operands have as many digits, so that most tokenizers give it as many tokens.
 """
 
 import operator
@@ -87,13 +90,33 @@ def _build(
     name: str, sign: str, compute: Callable[[int, int], int], config: ArithmeticConfig
 ) -> Task:
     splits = split_pairs(config.low, config.high, list(config.sizes.values()), config.seed)
-    train, validation, test = (
-        to_dataset(
-            [{"prompt": f"{a} {sign} {b} =", "answer": f" {compute(a, b)}"} for a, b in pairs]
-        )
-        for pairs in splits
-    )
+    train, validation, test = (to_dataset(_examples(p, sign, compute, config.seed)) for p in splits)
     return Task(name, train, validation, test, config.model_dump())
+
+
+def _examples(
+    pairs: list[tuple[int, int]], sign: str, compute: Callable[[int, int], int], seed: int
+) -> list[dict[str, Any]]:
+    rng = random.Random(f"corrupt {seed}")  # the splits do not depend on it
+    alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for a, b in pairs:
+        alike.setdefault(_digits(a, b), []).append((a, b))
+    examples = []
+    for a, b in pairs:
+        others = [pair for pair in alike[_digits(a, b)] if compute(*pair) != compute(a, b)]
+        other = rng.choice(others) if others else None
+        examples.append(
+            {
+                "prompt": f"{a} {sign} {b} =",
+                "answer": f" {compute(a, b)}",
+                "corrupt": None if other is None else f"{other[0]} {sign} {other[1]} =",
+            }
+        )
+    return examples
+
+
+def _digits(a: int, b: int) -> tuple[int, int]:
+    return len(str(a)), len(str(b))
 
 
 def split_pairs(low: int, high: int, sizes: list[int], seed: int) -> list[list[tuple[int, int]]]:

@@ -5,6 +5,9 @@
 candidates. In the order ``ABBA`` the indirect object comes first, in ``BABA`` second. The usual
 metric is the difference of the logits of the two names:
 ``logit_diff(wrong_candidates(data, tokenizer))`` of :mod:`eigenlens.metrics`.
+
+The counterpart of an example (column ``corrupt``) has a third name in place of the second mention
+of the subject, so that nothing tells who is meant.
 Source of the task: Interpretability in the Wild (arXiv 2211.00593); sentences and names are our
 own.
 """
@@ -64,25 +67,34 @@ def ioi(**arguments: Any) -> Task:
     """Indirect object identification, "… Mary and John … John handed the book to" → " Mary"."""
     config = IoiConfig(**arguments)
     rng = random.Random(config.seed)
+    third = random.Random(f"corrupt {config.seed}")  # the examples do not depend on it
     pairs = iter(rng.sample(_PAIRS, len(_PAIRS)))
     orders = ("ABBA", "BABA") if config.order == "both" else (config.order,)
     train, validation, test = (
-        to_dataset([_example(next(pairs), orders[i % len(orders)], rng) for i in range(size)])
+        to_dataset(
+            [_example(next(pairs), orders[i % len(orders)], rng, third) for i in range(size)]
+        )
         for size in (config.n_train, config.n_validation, config.n_test)
     )
     return Task("ioi", train, validation, test, config.model_dump())
 
 
-def _example(pair: tuple[str, str], order: str, rng: random.Random) -> Example:
+def _example(
+    pair: tuple[str, str], order: str, rng: random.Random, third: random.Random
+) -> Example:
     receiver, subject = rng.sample(pair, 2)
     first, second = (receiver, subject) if order == "ABBA" else (subject, receiver)
-    prompt = rng.choice(_TEMPLATES).format(
-        first=first,
-        second=second,
-        subject=subject,
-        place=rng.choice(_PLACES),
-        thing=rng.choice(_THINGS),
+    template = rng.choice(_TEMPLATES)
+    rest = {"place": rng.choice(_PLACES), "thing": rng.choice(_THINGS)}
+    prompt, corrupt = (
+        template.format(first=first, second=second, subject=name, **rest)
+        for name in (subject, third.choice([name for name in _NAMES if name not in pair]))
     )
     candidates = [f" {receiver}", f" {subject}"]
     # Sorted, so that the place in the list does not give the answer away.
-    return {"prompt": prompt, "answer": candidates[0], "candidates": sorted(candidates)}
+    return {
+        "prompt": prompt,
+        "answer": candidates[0],
+        "candidates": sorted(candidates),
+        "corrupt": corrupt,
+    }

@@ -1,6 +1,7 @@
 """A user's own prompts and answers, from JSONL files.
 
-A row is ``{"prompt": …, "answer": …}`` and may list ``"candidates"``, the answer among them. Prompt
+A row is ``{"prompt": …, "answer": …}`` and may list ``"candidates"``, the answer among them, and
+give its counterpart as ``"corrupt"``, another prompt of as many tokens with another answer. Prompt
 and answer are put together as they are: an answer after a space begins with that space. Other
 fields are passed over.
 """
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from eigenlens.tasks.rows import Row, read_rows
 from eigenlens.tasks.sources import LocalPath
 from eigenlens.tasks.splits import Example, hold_out, take
-from eigenlens.tasks.task import Task, to_dataset
+from eigenlens.tasks.task import PAIR, Task, to_dataset
 
 
 class JsonlConfig(BaseModel):
@@ -101,7 +102,10 @@ def _example(row: Row) -> Example:
         raise row.error(f"a candidate is listed twice: {candidates!r}")
     if candidates and answer not in candidates:
         raise row.error(f"the answer {answer!r} is not among the candidates {candidates!r}")
-    return {"prompt": row.text("prompt"), "answer": answer, "candidates": candidates}
+    example = {"prompt": row.text("prompt"), "answer": answer, "candidates": candidates}
+    if row.fields.get(PAIR) is not None:
+        example[PAIR] = row.text(PAIR)
+    return example
 
 
 def _is_text(value: object) -> bool:

@@ -10,6 +10,7 @@ from datasets import Dataset, Features, List, Value
 from eigenlens.provenance import text_hash
 
 COLUMNS = ("prompt", "answer", "candidates")
+PAIR = "corrupt"  # a column that a task may have
 FEATURES = Features(
     {"prompt": Value("string"), "answer": Value("string"), "candidates": List(Value("string"))}
 )
@@ -31,7 +32,9 @@ class Task:
         arguments: what the task was built with, the seed among it.
 
     The splits are ``datasets.Dataset`` with the columns ``prompt``, ``answer`` and ``candidates``
-    (an empty list where the task has no candidate answers).
+    (an empty list where the task has no candidate answers). A task may have ``corrupt``, too: for
+    each prompt a counterpart with another answer (``None``: there is none), which the reference
+    ``pair`` patches in.
     """
 
     name: str
@@ -54,6 +57,10 @@ class Task:
 
 
 def to_dataset(examples: list[dict[str, Any]]) -> Dataset:
-    """Examples as a dataset with the three columns of every split."""
+    """Examples as a dataset with the three columns of every split, and ``corrupt`` where it is."""
     rows = [{"candidates": [], **example} for example in examples]
-    return Dataset.from_list(rows, features=FEATURES)
+    features = dict(FEATURES)
+    if any(PAIR in example for example in examples):
+        features[PAIR] = Value("string")
+        rows = [{PAIR: None, **row} for row in rows]
+    return Dataset.from_list(rows, features=Features(features))
