@@ -137,6 +137,7 @@ def export(
     task_arg: TaskArgs = None,
     dtype: Dtype = None,
     device: Device = None,
+    allow_dtype: AllowDtype = False,
 ) -> None:
     """Write an edit as a model or an adapter that loads without a TransformerBridge."""
     with clear_errors():
@@ -151,17 +152,27 @@ def export(
         plain, tokenizer = load_plain(name, kind, device)
         frozen.check_tokenizer(tokenizer)
         if to is Form.lora:
-            to_lora(plain, frozen, out)
+            to_lora(plain, frozen, out, allow_dtype=allow_dtype)
         elif to is Form.peft:
             from eigenlens.peft import to_peft
 
-            to_peft(plain, frozen, out)
+            to_peft(plain, frozen, out, allow_dtype=allow_dtype)
         else:
             before = after = None
             if task is not None:
                 arguments = pairs(task_arg or [], "--task-arg")
-                before, after = _measured(frozen, name, kind, device, task, arguments)
-            bake(plain, frozen, out, tokenizer=tokenizer, before=before, after=after)
+                before, after = _measured(
+                    frozen, name, kind, device, task, arguments, allow_dtype=allow_dtype
+                )
+            bake(
+                plain,
+                frozen,
+                out,
+                tokenizer=tokenizer,
+                before=before,
+                after=after,
+                allow_dtype=allow_dtype,
+            )
         say(f"Written to {out}")
 
 

@@ -277,7 +277,7 @@ class FrozenSet:
         if not allow_dtype:
             raise WrongModelError(
                 f"This FrozenSet was made for these weights in {self.provenance.dtype}: give "
-                "allow_dtype=True to use it here, and evaluate again."
+                "allow_dtype=True (--allow-dtype) to use it here, and evaluate again."
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -25,6 +25,7 @@ def bake(
     tokenizer: PreTrainedTokenizerBase | None = None,
     before: Evaluation | None = None,
     after: Evaluation | None = None,
+    allow_dtype: bool = False,
 ) -> None:
     """Write a model with edited weights, which transformers loads without eigenlens.
 
@@ -35,6 +36,7 @@ def bake(
         tokenizer: written there, too.
         before: what the model card says of the model without the edit.
         after: what the model card says of the edited model.
+        allow_dtype: as for :func:`eigenlens.freeze`; the folder has the type of ``model``.
 
     Raises:
         PositionBiasError: means by position.
@@ -42,7 +44,7 @@ def bake(
         WrongModelError, ValueError: as :func:`eigenlens.attach`.
     """
     check_shared(frozen, "A plain model")
-    changes = low_rank_changes(model, frozen)
+    changes = low_rank_changes(model, frozen, allow_dtype=allow_dtype)
     baked = sharing_copy(model)
     give_biases(baked, (path for path, change in changes.items() if change.bias.any()))
     for path, change in changes.items():

@@ -16,13 +16,20 @@ from eigenlens.frozen_set import FrozenSet
 from eigenlens.models.peft_adapters import import_peft, write_adapter
 
 
-def to_lora(model: nn.Module, frozen: FrozenSet, folder: str | os.PathLike[str]) -> None:
+def to_lora(
+    model: nn.Module,
+    frozen: FrozenSet,
+    folder: str | os.PathLike[str],
+    *,
+    allow_dtype: bool = False,
+) -> None:
     """Write a LoRA adapter that does what ``frozen`` does.
 
     Args:
         model: the plain transformers model that ``frozen`` was made for.
         frozen: components with shared means.
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+        allow_dtype: as for :func:`eigenlens.freeze`.
 
     Raises:
         PositionBiasError: means by position.
@@ -32,7 +39,7 @@ def to_lora(model: nn.Module, frozen: FrozenSet, folder: str | os.PathLike[str])
     """
     peft = import_peft("Writing an adapter")
     check_shared(frozen, "A LoRA adapter")
-    changes = adapter_changes(model, frozen)
+    changes = adapter_changes(model, frozen, allow_dtype=allow_dtype)
     ranks = {re.escape(path): change.down.shape[1] for path, change in changes.items()}
     biased = any(bool(change.bias.any()) for change in changes.values())
     tensors: dict[str, Tensor] = {}

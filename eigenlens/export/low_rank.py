@@ -50,19 +50,23 @@ class LowRank:
         return mean @ self.up
 
 
-def low_rank_changes(model: nn.Module, frozen: FrozenSet) -> dict[str, LowRank]:
+def low_rank_changes(
+    model: nn.Module, frozen: FrozenSet, *, allow_dtype: bool = False
+) -> dict[str, LowRank]:
     """The change of each module of a plain model, by its path.
 
     Raises:
         WrongModelError, ValueError, UnsupportedModelError: as :func:`eigenlens.export.attach`.
     """
     parts: dict[str, list[LowRank]] = {}
-    for edit in plain_edits(model, frozen):
+    for edit in plain_edits(model, frozen, allow_dtype=allow_dtype):
         parts.setdefault(edit.place.module, []).append(_change(model, edit))
     return {path: _together(own) for path, own in parts.items()}
 
 
-def adapter_changes(model: nn.Module, frozen: FrozenSet) -> dict[str, LowRank]:
+def adapter_changes(
+    model: nn.Module, frozen: FrozenSet, *, allow_dtype: bool = False
+) -> dict[str, LowRank]:
     """As :func:`low_rank_changes`, for an adapter, which has to change something.
 
     Raises:
@@ -70,7 +74,7 @@ def adapter_changes(model: nn.Module, frozen: FrozenSet) -> dict[str, LowRank]:
     """
     if not len(frozen):
         raise ValueError("This edit freezes nothing: there is no adapter to write.")
-    return low_rank_changes(model, frozen)
+    return low_rank_changes(model, frozen, allow_dtype=allow_dtype)
 
 
 def check_shared(frozen: FrozenSet, what: str) -> None:

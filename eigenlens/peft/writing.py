@@ -31,7 +31,13 @@ model = PeftModel.from_pretrained(base_model, folder)
 """
 
 
-def to_peft(model: PreTrainedModel, frozen: FrozenSet, folder: str | os.PathLike[str]) -> None:
+def to_peft(
+    model: PreTrainedModel,
+    frozen: FrozenSet,
+    folder: str | os.PathLike[str],
+    *,
+    allow_dtype: bool = False,
+) -> None:
     """Write an eigenpruning adapter, with means by position or shared ones.
 
     ``PeftModel.from_pretrained(base, folder)`` loads it after ``import eigenlens.peft``, without a
@@ -41,12 +47,13 @@ def to_peft(model: PreTrainedModel, frozen: FrozenSet, folder: str | os.PathLike
         model: the plain transformers model that ``frozen`` was made for.
         frozen: components, strengths and mean coordinates.
         folder: where ``adapter_config.json``, ``adapter_model.safetensors`` and a card go.
+        allow_dtype: as for :func:`eigenlens.freeze`.
 
     Raises:
         ValueError: nothing is frozen.
         WrongModelError, UnsupportedModelError: as :func:`eigenlens.attach`.
     """
-    config, tensors = _adapter(model, frozen)
+    config, tensors = _adapter(model, frozen, allow_dtype)
     write_adapter(config, {f"base_model.model.{name}": t for name, t in tensors.items()}, folder)
     card = _CARD.format(
         base=model.name_or_path, n=len(frozen), candidates=frozen.n_candidates, edit=frozen.edit
@@ -55,14 +62,18 @@ def to_peft(model: PreTrainedModel, frozen: FrozenSet, folder: str | os.PathLike
 
 
 def get_eigenpruned_model(
-    model: PreTrainedModel, frozen: FrozenSet, adapter_name: str = "default"
+    model: PreTrainedModel,
+    frozen: FrozenSet,
+    adapter_name: str = "default",
+    *,
+    allow_dtype: bool = False,
 ) -> peft.PeftModel:
     """A ``PeftModel`` around ``model`` with the edit as its adapter.
 
     Raises:
         As :func:`to_peft`.
     """
-    config, tensors = _adapter(model, frozen)
+    config, tensors = _adapter(model, frozen, allow_dtype)
     wrapped = peft.get_peft_model(model, config, adapter_name)
     named = {f"base_model.model.{name}": value for name, value in tensors.items()}
     peft.set_peft_model_state_dict(wrapped, named, adapter_name)
@@ -70,10 +81,10 @@ def get_eigenpruned_model(
 
 
 def _adapter(
-    model: PreTrainedModel, frozen: FrozenSet
+    model: PreTrainedModel, frozen: FrozenSet, allow_dtype: bool
 ) -> tuple[EigenpruneAdapterConfig, dict[str, Tensor]]:
     """Configuration and tensors, by the names of the plain model."""
-    changes = adapter_changes(model, frozen)
+    changes = adapter_changes(model, frozen, allow_dtype=allow_dtype)
     rows = frozen.means.positions
     config = EigenpruneAdapterConfig(
         task_type="CAUSAL_LM",
