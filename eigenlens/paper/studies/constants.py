@@ -7,7 +7,7 @@ from eigenlens.paper.studies.harm import figure, summary
 from eigenlens.paper.studies.views import INTERVALS
 
 QUESTION = "Which constant should take a component's place: the task's mean, or text's own?"
-MINUTES = 35
+MINUTES = 12
 
 __all__ = ["MINUTES", "QUESTION", "figure", "run", "summary", "text"]
 
