@@ -133,7 +133,10 @@ def test_another_setting_is_another_cell():
     assert kept == {"before", "keys", "LASER"}
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+GRIDS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "peers")  # has its own kind
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_the_shipped_studies_are_valid(path):
     planned = list(cells(StudyConfig.read(path)))
     assert len({cell.key for cell in planned}) == len(planned)

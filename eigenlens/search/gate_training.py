@@ -167,7 +167,7 @@ def _harm(
         return saved[0]["harm"], saved[0]["shift"]
     none = torch.zeros(len(scores), dtype=torch.float64)
     if protect is None or not protect.price:
-        return none, none
+        return none, none.clone()
     harm = protect.harm(scores, progress=progress)
     shift = harm.best_shift() if protect.move_means else none
     return protect.price * harm.at(shift), shift
