@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 for command in (
     *(cli_edits.apply, cli_edits.evaluate, cli_edits.export),
-    *(cli_edits.push, cli_edits.pull),
+    *(cli_edits.push, cli_edits.pull, cli_edits.harness_tasks),
 ):
     app.command()(command)
 

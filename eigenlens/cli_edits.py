@@ -1,4 +1,7 @@
-"""The commands for finished edits: ``apply``, ``evaluate``, ``export``, ``push`` and ``pull``."""
+"""The commands for finished edits: ``apply``, ``evaluate``, ``export``, ``push`` and ``pull``.
+
+And ``harness-tasks``, to measure them elsewhere.
+"""
 
 import sys
 from enum import StrEnum
@@ -203,6 +206,22 @@ def pull(
         from eigenlens.export import hub
 
         say(f"Edit: {hub.pull(repo, out, revision=revision)}")
+
+
+def harness_tasks(
+    out: Annotated[Path, typer.Option(help="Folder to write.", callback=expanded)],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the official files (default: $EIGENLENS_DATA).", callback=expanded
+        ),
+    ] = None,
+) -> None:
+    """Write CB, COPA, RTE and WikiText-2 as tasks of lm-evaluation-harness."""
+    with clear_errors():
+        from eigenlens.tasks import write_harness_tasks
+
+        say(f"Written to {out}: {', '.join(write_harness_tasks(out, data))}")
 
 
 def _file(edit: Path) -> Path:

@@ -7,6 +7,7 @@ local folder or, in the same rows, from the Hub (:mod:`eigenlens.tasks.sources`)
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,7 +42,7 @@ class SuperGlueConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Format:
+class Format:
     """How the rows of one data set become prompts and answers.
 
     Attributes:
@@ -59,7 +60,7 @@ class _Format:
     questions: Mapping[str, str] = field(default_factory=dict)
 
 
-_CB = _Format(
+_CB = Format(
     folder="CB",
     template=(
         "Premise: {premise}\n\nHypothesis: {hypothesis}\n\n"
@@ -69,7 +70,7 @@ _CB = _Format(
     texts=("premise", "hypothesis"),
     answers={"entailment": " entails", "contradiction": " contradicts", "neutral": " is neutral"},
 )
-_COPA = _Format(
+_COPA = Format(
     folder="COPA",
     template=(
         "Premise: {premise}\n{question}\n\n"
@@ -83,7 +84,7 @@ _COPA = _Format(
         "effect": "What happened as a result?",
     },
 )
-_RTE = _Format(
+_RTE = Format(
     folder="RTE",
     template=(
         "Premise: {premise}\n\nHypothesis: {hypothesis}\n\n"
@@ -95,22 +96,35 @@ _RTE = _Format(
 )
 
 
+FORMATS = {"cb": _CB, "copa": _COPA, "rte": _RTE}
+
+
 def cb(**arguments: Any) -> Task:
     """CommitmentBank: does the premise entail, contradict or leave open the hypothesis?"""
-    return _build("cb", _CB, SuperGlueConfig(**arguments))
+    return _build("cb", SuperGlueConfig(**arguments))
 
 
 def copa(**arguments: Any) -> Task:
     """Choice of Plausible Alternatives: which of two is the cause or the effect?"""
-    return _build("copa", _COPA, SuperGlueConfig(**arguments))
+    return _build("copa", SuperGlueConfig(**arguments))
 
 
 def rte(**arguments: Any) -> Task:
     """Recognising Textual Entailment: does the premise entail the hypothesis?"""
-    return _build("rte", _RTE, SuperGlueConfig(**arguments))
+    return _build("rte", SuperGlueConfig(**arguments))
 
 
-def _build(name: str, form: _Format, config: SuperGlueConfig) -> Task:
+def official_file(folder: Path, name: str, split: str) -> Path:
+    """The official rows of a task's split, ``train`` or ``val``.
+
+    Raises:
+        MissingDataError: the folder does not hold them.
+    """
+    return data_file(folder, _COLLECTION, f"{FORMATS[name].folder}/{split}.jsonl")
+
+
+def _build(name: str, config: SuperGlueConfig) -> Task:
+    form = FORMATS[name]
     official = [
         [_example(row, form) for row in _rows(name, form, config, split)]
         for split in ("train", "val")
@@ -127,10 +141,10 @@ def _build(name: str, form: _Format, config: SuperGlueConfig) -> Task:
     )
 
 
-def _rows(name: str, form: _Format, config: SuperGlueConfig, split: str) -> list[Row]:
+def _rows(name: str, form: Format, config: SuperGlueConfig, split: str) -> list[Row]:
     folder = data_folder(config.data)
     if folder is not None:
-        return read_rows(data_file(folder, _COLLECTION, f"{form.folder}/{split}.jsonl"))
+        return read_rows(official_file(folder, name, split))
     hub_split = {"train": "train", "val": "validation"}[split]
     official = dict(enumerate(form.answers))
     return [
@@ -142,7 +156,7 @@ def _rows(name: str, form: _Format, config: SuperGlueConfig, split: str) -> list
     ]
 
 
-def _example(row: Row, form: _Format) -> Example:
+def _example(row: Row, form: Format) -> Example:
     texts = {name: row.text(name) for name in form.texts}
     if form.questions:
         texts["question"] = _one_of(row, "question", form.questions)
