@@ -30,7 +30,7 @@ def text(table: pd.DataFrame) -> str:
     )
 
 
-def _harm(table: pd.DataFrame) -> pd.Series:
+def harm_by_cell(table: pd.DataFrame) -> pd.Series:
     """Rise of the loss on text against the unedited model, by cell."""
     if "perplexity" not in table:
         return pd.Series(dtype=float)
@@ -44,7 +44,7 @@ def _harm(table: pd.DataFrame) -> pd.Series:
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracy, size and harm of every variant."""
     cells, found = own(table), pooled(own(table))
-    harm = _harm(table)
+    harm = harm_by_cell(table)
     key = ["label", "method"]
     by_seed = (
         cells.assign(
