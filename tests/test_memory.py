@@ -67,7 +67,11 @@ def each(model):
         with el.freeze(model, el.select(scores, 0.3)):
             return np.array(list(kept.measure().values()))
 
+    def harm():
+        return Protection(model, {"text": MIXED}, batch_size=5).harm(scores, progress=False).square
+
     return {
+        "harm": harm,
         "score": lambda: el.score(model, spectra, MIXED, **options).delta_loss,
         "worst": lambda: el.score(model, spectra, MIXED, criterion="max", **options).delta_loss,
         "evaluate": lambda: el.evaluate(model, MIXED, **options).examples["loss"].to_numpy(),
@@ -78,7 +82,7 @@ def each(model):
     }
 
 
-NAMES = ("score", "worst", "evaluate", "exact", "single", "gates", "protected")
+NAMES = ("score", "worst", "evaluate", "exact", "single", "gates", "protected", "harm")
 CASES = [*((name, "processor") for name in NAMES), ("score", "device"), ("gates", "Python")]
 
 

@@ -10,19 +10,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from datasets import Dataset
-from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.inputs import check_data
-from eigenlens.matrices import Site
 from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_loss
-from eigenlens.passes import Activation, FiniteCheck, forward_backward, without_padding
+from eigenlens.passes import FiniteCheck, forward_backward
 from eigenlens.scoring.accumulators import margin_effect, spread
-from eigenlens.scoring.references import split_table
+from eigenlens.scoring.mean_effects import MeanEffects, PerExample
 from eigenlens.scoring.scores import Scores
 from eigenlens.tasks.batches import Batch, make_batches
 
@@ -104,7 +102,7 @@ def single_effects(
     chosen = np.arange(len(scores)) if rows is None else np.asarray(rows)
     own = dict(zip(spectra, _own_rows(chosen, spectra.sizes), strict=True))
     sites = [s.site for name, s in spectra.items() if len(own[name][0])]
-    means = split_table(spectra, torch.tensor(scores.means.table()))
+    under_means = MeanEffects(spectra, scores.means)
     first = next(iter(spectra.values()))
     effects = torch.empty(len(data), len(chosen), dtype=first.dtype)
     values = torch.empty(len(data), dtype=torch.float64)
@@ -114,24 +112,16 @@ def single_effects(
         finite = FiniteCheck()
         batches = make_batches(data, model, size)
         for batch in tqdm(batches, desc="effects", unit="batch", disable=not progress):
-            at = scores.means.positions.of_batch(batch)
 
-            def add(
-                site: Site,
-                h: Activation,
-                g: Activation,
-                found: Tensor,
-                batch: Batch = batch,
-                at: Tensor = at,
+            def keep(
+                name: str, effect: PerExample, slope: PerExample, batch: Batch = batch
             ) -> None:
-                s = spectra[site.name]
-                moved = means[site.name][at.to(s.device)] - s.coordinates(h.to(s.dtype))
-                effect = without_padding(moved * s.slopes(g.to(s.dtype)), batch)
-                example = reduce(effect, "batch pos head k -> batch (head k)", "sum")
-                members, places = own[site.name]
-                effects[torch.tensor(batch.indices)[:, None], places] = example.cpu()[:, members]
+                members, places = own[name]
+                found = effect.flatten(1).cpu()[:, members]
+                effects[torch.tensor(batch.indices)[:, None], places] = found
 
-            found = forward_backward(model, sites, batch, metric, add, finite)
+            handle = under_means.handler(batch, keep)
+            found = forward_backward(model, sites, batch, metric, handle, finite)
             values[batch.indices] = found.cpu().double()
         finite.check()
 

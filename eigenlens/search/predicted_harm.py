@@ -12,22 +12,21 @@ Components count as if alone. Source: this package; constants chosen for a loss 
 ablation* (Li and Janson, arXiv 2409.09951), there for the task and by training.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import reduce
+from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.matrices import Site
+from eigenlens.memory import fitting
 from eigenlens.metrics import answer_loss
-from eigenlens.passes import Activation, FiniteCheck, forward_backward, without_padding
+from eigenlens.passes import FiniteCheck, forward_backward
 from eigenlens.scoring import Scores
-from eigenlens.scoring.references import split_table
-from eigenlens.tasks.batches import Batch
+from eigenlens.scoring.mean_effects import MeanEffects, PerExample
+from eigenlens.tasks.batches import make_batches
 
 _Each = Float[Tensor, " component"]
 
@@ -65,48 +64,47 @@ class PredictedHarm:
 
 
 def predicted_harm(
-    model: TransformerBridge, scores: Scores, batches: Sequence[Batch], *, progress: bool = True
+    model: TransformerBridge,
+    scores: Scores,
+    data: Dataset,
+    *,
+    batch_size: int = 50,
+    progress: bool = True,
 ) -> PredictedHarm:
     """Predict what freezing each component of ``scores`` does to these passages.
 
     Args:
         model: unedited, in eval mode.
         scores: give the components and the means that take their place.
-        batches: passages, as prompts and answers.
+        data: passages, as prompts and answers.
+        batch_size: examples per pass.
         progress: show a progress bar.
 
     Raises:
         ValueError: scores without directions; NaN or infinite activations.
     """
-    spectra, positions = scores.spectra_on(model), scores.means.positions
-    tables = split_table(spectra, torch.tensor(scores.means.table()))
-    zero = {name: torch.zeros_like(s.sigma, dtype=torch.float64) for name, s in spectra.items()}
-    square, cross, slope_square = ({name: z.clone() for name, z in zero.items()} for _ in range(3))
-    sites, finite = [s.site for s in spectra.values()], FiniteCheck()
-    for batch in tqdm(batches, desc="predict harm", unit="batch", disable=not progress):
-        rows = positions.of_batch(batch)
+    spectra = scores.spectra_on(model)
+    sites = [s.site for s in spectra.values()]
+    under_means = MeanEffects(spectra, scores.means)
 
-        def add(
-            site: Site,
-            h: Activation,
-            g: Activation,
-            values: Tensor,
-            rows: Tensor = rows,
-            batch: Batch = batch,
-        ) -> None:
-            s, table = spectra[site.name], tables[site.name]
-            slopes = without_padding(s.slopes(g.to(s.dtype)), batch)
-            moved = table[rows.to(table.device)] - s.coordinates(h.to(s.dtype))
-            effect = reduce(moved * slopes, "batch pos head k -> batch head k", "sum").double()
-            slope = reduce(slopes, "batch pos head k -> batch head k", "sum").double()
-            square[site.name] += effect.square().sum(0)
-            cross[site.name] += (effect * slope).sum(0)
-            slope_square[site.name] += slope.square().sum(0)
+    def passes(size: int) -> PredictedHarm:
+        zeros = [
+            torch.zeros((3, *s.sigma.shape), dtype=torch.float64, device=s.device)
+            for s in spectra.values()
+        ]
+        sums, finite, n_tokens = dict(zip(spectra, zeros, strict=True)), FiniteCheck(), 0
 
-        forward_backward(model, sites, batch, answer_loss, add, finite)
-    finite.check()
-    n_tokens = sum(int(batch.answer_mask.sum()) for batch in batches)
-    parts = (square, cross, slope_square)
-    return PredictedHarm(
-        *(torch.cat([x.flatten().cpu() for x in part.values()]) / (2 * n_tokens) for part in parts)
-    )
+        def add(name: str, effect: PerExample, slope: PerExample) -> None:
+            e, g = effect.double(), slope.double()
+            sums[name] += torch.stack([e * e, e * g, g * g]).sum(1)
+
+        batches = make_batches(data, model, size)
+        for batch in tqdm(batches, desc="predict harm", unit="batch", disable=not progress):
+            handle = under_means.handler(batch, add)
+            forward_backward(model, sites, batch, answer_loss, handle, finite)
+            n_tokens += int(batch.answer_mask.sum())
+        finite.check()
+        total = torch.cat([each.flatten(1).cpu() for each in sums.values()], dim=1)
+        return PredictedHarm(*(total / (2 * n_tokens)))
+
+    return fitting(model, "score", min(batch_size, len(data)), passes)

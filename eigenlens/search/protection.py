@@ -3,9 +3,8 @@
 Closeness is ``KL(unedited ‖ edited)`` per answer token, in nats. One half of each data set steers a
 search: it gives every component a price in proportion to the harm that freezing it is predicted to
 do, and the constant that does least (:mod:`eigenlens.search.predicted_harm`), or a penalty at every
-step. The other half decides whether an edit
-is within the bound. What an edit costs is reported on examples that did neither, where these are
-given.
+step. The other half decides whether an edit is within the bound. What an edit costs is reported on
+examples that did neither, where these are given.
 Memory: the unedited log-probabilities, ``answer tokens × d_vocab`` floats.
 """
 
@@ -123,10 +122,7 @@ class Protection:
         """What freezing each component is predicted to do to the steering halves, added up."""
         found = [
             predicted_harm(
-                self._model,
-                scores,
-                make_batches(data, self._model, self._batch_size),
-                progress=progress,
+                self._model, scores, data, batch_size=self._batch_size, progress=progress
             )
             for data in self._steering.values()
         ]
