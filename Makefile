@@ -8,7 +8,7 @@ WEIGHTS := $(VENV)/.smollm2
 # Threads that wait by spinning take the cores from each other where anything else runs.
 export OMP_WAIT_POLICY ?= PASSIVE
 export NO_MKDOCS_2_WARNING := 1
-# Two processes with a thread each are nearly twice as fast as one with two, on models this small.
+# Two processes with a thread each: models this small give a second thread little to do.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 

@@ -76,7 +76,7 @@ def run(
     ] = None,
     criterion: Annotated[
         str | None,
-        typer.Option(help="margin, mean, max, fisher, atp_star, … (all are in the README)."),
+        typer.Option(help="margin, mean, max, fisher, atp_star, … (docs/concepts.md has all)."),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(help="mean, shared, zero, resample or pair.")

@@ -20,10 +20,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.copies import MOST_ROWS, CopyEdit, tiled, tiled_beside
 from eigenlens.inputs import check_data
-from eigenlens.matrices import Site
 from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
-from eigenlens.passes import Activation, FiniteCheck, record
+from eigenlens.passes import FiniteCheck, activations
 from eigenlens.scoring import Scores
 from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch, make_batches
@@ -121,15 +120,9 @@ class _Goals:
         self._batch = batch
         self._held: dict[str, Tensor] | None = None
         if pair is not None:
-            held: dict[str, Tensor] = {}
-
-            def keep(site: Site, h: Activation) -> None:
-                held[site.name] = h
-
             finite = FiniteCheck()
-            record(model, [s.site for s in spectra.values()], pair, keep, finite)
+            self._held = activations(model, [s.site for s in spectra.values()], pair, finite)
             finite.check()
-            self._held = held
 
     def of(self, spectrum: Spectrum, rows: np.ndarray) -> Float[Tensor, "#batch pos k"]:
         """For these components of one matrix."""

@@ -3,7 +3,8 @@
 Every layer may live on a device of its own: what is handed out is where its layer is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,38 @@ def record(
     hooks = [(site.hook, partial(see, site)) for site in sites]
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         finite.add("logits", answer_logits(model, batch), batch)
+
+
+def activations(
+    model: TransformerBridge, sites: Sequence[Site], batch: Batch, finite: FiniteCheck
+) -> dict[str, Activation]:
+    """Every site's activation in a forward pass of ``batch``, by its name."""
+    held: dict[str, Activation] = {}
+
+    def keep(site: Site, h: Activation) -> None:
+        held[site.name] = h
+
+    record(model, sites, batch, keep, finite)
+    return held
+
+
+def attention_calls(
+    model: TransformerBridge, layers: Iterable[int], run: Callable[[], object]
+) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the attention of each of these layers is called with inside ``run()``: args, kwargs."""
+    seen: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def see(layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[layer] = args, kwargs
+
+    with ExitStack() as stack, torch.no_grad():
+        for layer in layers:
+            hook = partial(see, layer)
+            attention = model.blocks[layer].attn
+            handle = attention.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        run()
+    return seen
 
 
 def forward_backward(

@@ -7,13 +7,15 @@ family in transformers.
 """
 
 import sys
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from eigenlens.passes import attention_calls
 
 
 def turns(
@@ -58,19 +60,11 @@ def _position_embeddings(
     model: TransformerBridge, layer: int, n_pos: int
 ) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines that the attention of a layer is called with."""
-    seen: list[Any] = []
-
-    def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs.get("position_embeddings"))
-
-    handle = model.blocks[layer].attn.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            tokens = torch.zeros(1, n_pos, dtype=torch.int64, device=model.cfg.device)
-            model(tokens, use_cache=False)
-    finally:
-        handle.remove()
-    return seen[0] if isinstance(seen[0], tuple) else None
+    tokens = torch.zeros(1, n_pos, dtype=torch.int64, device=model.cfg.device)
+    run = partial(model, tokens, use_cache=False)
+    _, kwargs = attention_calls(model, [layer], run)[layer]
+    found = kwargs.get("position_embeddings")
+    return found if isinstance(found, tuple) else None
 
 
 def _turned(

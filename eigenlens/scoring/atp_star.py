@@ -29,7 +29,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.copies import MOST_ROWS, CopyEdit, tiled_beside
 from eigenlens.matrices import Site, map_of
 from eigenlens.metrics import answer_logits
-from eigenlens.passes import Activation, without_padding
+from eigenlens.passes import Activation, attention_calls, without_padding
 from eigenlens.scoring.references import References
 from eigenlens.scoring.running import Hooks, Passes, Totals
 from eigenlens.spectra import Spectrum
@@ -120,7 +120,8 @@ class _Attention:
         self._batch = batch
         layers = dict.fromkeys(s.layer for s in passes.sites if s.kind in _BEFORE_SOFTMAX)
         self.ends = {layer: map_of(self._model, layer, "W_O").site for layer in layers}
-        self._inputs = self._attention_inputs(list(layers))
+        run = partial(answer_logits, self._model, batch)
+        self._inputs = attention_calls(self._model, layers, run)
 
     def effects(
         self, s: Spectrum, move: Float[Tensor, "batch pos head k"], gradients: Gradients
@@ -143,27 +144,6 @@ class _Attention:
             change = self._run(layer, n, [(s.site.hook, edit)]) - before
             parts.append(einsum(after, change, "run b p z, copy b p z -> run b copy"))
         return torch.cat(parts, dim=-1).unflatten(-1, tuple(s.sigma.shape))
-
-    def _attention_inputs(self, layers: list[int]) -> dict[int, tuple[Any, Any]]:
-        """What the attention of each layer is called with."""
-        seen: dict[int, tuple[Any, Any]] = {}
-
-        def see(layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[layer] = args, kwargs
-
-        handles = [
-            self._model.blocks[layer].attn.register_forward_pre_hook(
-                partial(see, layer), with_kwargs=True
-            )
-            for layer in layers
-        ]
-        try:
-            with torch.no_grad():
-                answer_logits(self._model, self._batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
 
     def _coordinates(self, s: Spectrum) -> Float[Tensor, "batch pos head k"]:
         seen: list[Tensor] = []

@@ -17,7 +17,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.far_side import zero_coordinates
 from eigenlens.matrices import Site
-from eigenlens.passes import Activation, FiniteCheck, record, widened, without_padding
+from eigenlens.passes import (
+    Activation,
+    FiniteCheck,
+    activations,
+    record,
+    widened,
+    without_padding,
+)
 from eigenlens.position_means import PositionMeans, Positions
 from eigenlens.scoring.accumulators import ActivationSums
 from eigenlens.spectra import Spectra, Spectrum
@@ -122,13 +129,8 @@ class References:
             return Swap(batch, partner=partner)
         if self._reference != "pair":
             return None
-        held: dict[str, Tensor] = {}
-
-        def keep(site: Site, h: Activation) -> None:
-            held[site.name] = h
-
-        record(self._model, self.sites, self._pairs[id(batch)], keep, self._finite)
-        return Swap(batch, held=held)
+        other = self._pairs[id(batch)]
+        return Swap(batch, held=activations(self._model, self.sites, other, self._finite))
 
     def counterpart(self, batch: Batch) -> Batch | None:
         """The other tokens of a batch, where the reference is ``pair``."""

@@ -208,7 +208,11 @@ class _Training:
 
     def strength(self, step: int) -> Float[Tensor, " component"]:
         """The gates to measure at a step, of the averaged s."""
-        return self._relaxation.strength(self.mean_s, self._done(step)) * self._candidates
+        return self._relaxation.strength(self._shut(self.mean_s), self._done(step))
+
+    def _shut(self, s: Float[Tensor, " component"]) -> Float[Tensor, " component"]:
+        """The same for candidates; the gates of all others are shut for good, at no price."""
+        return s.masked_fill(~self._candidates, -torch.inf)
 
     def _done(self, step: int) -> float:
         return step / self.config.steps
@@ -218,8 +222,9 @@ class _Training:
         batch = self._minibatch(step)
         done, random = self._done(step), self._generator(step)
         with torch.enable_grad():
-            z = self._kept(random) * self._relaxation.sample(self.s, done, random)
-            openness = self._relaxation.price(self.s, z, done) * self._candidates
+            s = self._shut(self.s)
+            z = self._kept(random) * self._relaxation.sample(s, done, random)
+            openness = self._relaxation.price(s, z, done)
         self.gates.z = z.detach()
         with faster_products():
             losses, slope = self.gates.gradient(batch)
@@ -231,11 +236,15 @@ class _Training:
         self.adam.param_groups[0]["lr"] = self.config.lr * self._decay(step)
         self.adam.step()
         self.mean_s.lerp_(self.s.detach(), 1 - self.config.averaging)
-        n = max(_FEWEST_CANDIDATES, math.ceil(self.config.candidates * len(self.s)))
-        if step == math.ceil(_ALL_UNTIL * self.config.steps) and n < len(self.s):
-            most = torch.zeros_like(self._candidates)
-            self._narrow(most.index_fill(0, self.mean_s.topk(n).indices, True))
+        if step == math.ceil(_ALL_UNTIL * self.config.steps):
+            self._narrow(self._most_open())
         return losses.mean()
+
+    def _most_open(self) -> Bool[Tensor, " component"]:
+        """The gates that go on after the first steps."""
+        n = max(_FEWEST_CANDIDATES, math.ceil(self.config.candidates * len(self.s)))
+        most = self.mean_s.topk(min(n, len(self.s))).indices
+        return torch.zeros_like(self._candidates).index_fill(0, most, True)
 
     def _narrow(self, candidates: Bool[Tensor, " component"]) -> None:
         """Only these gates may be open from now on."""
@@ -250,7 +259,7 @@ class _Training:
     def _kept(self, generator: torch.Generator) -> Float[Tensor, " component"]:
         """Ones, and zeros where a gate is shut for this step."""
         kept = torch.rand(len(self.s), generator=generator) >= self.config.dropout
-        return kept.to(self.s) * self._candidates
+        return kept.to(self.s)
 
     def _decay(self, step: int) -> float:
         cosine = (1 + math.cos(math.pi * step / self.config.steps)) / 2

@@ -6,7 +6,7 @@ The files that ship with the package are in ``studies/configs``; ``eigenlens exp
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,10 +17,29 @@ from eigenlens.frozen_set import FrozenSet
 from eigenlens.tasks import TASKS
 
 CONFIGS = Path(__file__).parent / "configs"
+S = TypeVar("S", bound="StudyFile")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StudyFile(_Strict):
+    """What a study runs, as a YAML file says."""
+
+    @classmethod
+    def read(cls: type[S], path: str | os.PathLike[str]) -> S:
+        """Read a YAML file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: it is no YAML mapping.
+            ValueError: an unknown key, task or method, or a value that is not allowed.
+        """
+        try:
+            return cls(**read_yaml(path))
+        except ValidationError as error:
+            raise ValueError(f"{path} is not a valid study. {problems(error)}") from error
 
 
 class Data(_Strict):
@@ -90,7 +109,7 @@ def _merged(arguments: dict[str, Any], options: dict[str, Any]) -> dict[str, Any
     return {**arguments, **options, **({"options": inner} if inner else {})}
 
 
-class StudyConfig(_Strict):
+class StudyConfig(StudyFile):
     """A study: every method on every task of every model, with every seed.
 
     Attributes:
@@ -127,17 +146,3 @@ class StudyConfig(_Strict):
     def of_models(self, models: tuple[str, ...]) -> "StudyConfig":
         """The same study with these models in place of its own."""
         return self.model_copy(update={"models": models})
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> "StudyConfig":
-        """Read a YAML file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            FileFormatError: it is no YAML mapping.
-            ValueError: an unknown key, task or method, or a value that is not allowed.
-        """
-        try:
-            return cls(**read_yaml(path))
-        except ValidationError as error:
-            raise ValueError(f"{path} is not a valid study. {problems(error)}") from error

@@ -15,15 +15,13 @@ import pandas as pd
 import plotly.graph_objects as go
 import scipy.stats
 from plotly.subplots import make_subplots
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.decomposition import decompose
-from eigenlens.errors import problems
 from eigenlens.exact import exact_effects
-from eigenlens.files import read_yaml
 from eigenlens.models import load_model
-from eigenlens.paper.studies.config import CONFIGS, Data
+from eigenlens.paper.studies.config import CONFIGS, Data, StudyFile
 from eigenlens.paper.studies.parts import Parts, part_key
 from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.plots.style import (
@@ -58,7 +56,7 @@ BUDGETS = (50, 200, 800)  # passes over the data, scores included
 _SIGMA = "largest σ"
 
 
-class PeersConfig(BaseModel):
+class PeersConfig(StudyFile):
     """What the study runs.
 
     Attributes:
@@ -70,22 +68,12 @@ class PeersConfig(BaseModel):
         k: how many of the most harmful components are to be found.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     models: tuple[str, ...] = Field(min_length=1)
     tasks: dict[str, Data] = Field(min_length=1)
     seeds: tuple[int, ...] = (0,)
     n_examples: int = Field(default=80, ge=1)
     steps: int = Field(default=5, ge=1)
     k: tuple[int, ...] = (1, 5, 20)
-
-    @classmethod
-    def read(cls, path: Path) -> "PeersConfig":
-        """Read a YAML file; raises ``ValueError`` for what it must not hold."""
-        try:
-            return cls(**read_yaml(path))
-        except ValidationError as error:
-            raise ValueError(f"{path} is not a valid study. {problems(error)}") from error
 
 
 def run(
@@ -101,6 +89,7 @@ def run(
         parts: folder that keeps finished parts.
     """
     read = PeersConfig.read(config or CONFIGS / "peers.yaml")
+    kept = Parts(parts)
     rows: list[dict[str, Any]] = []
     for name in models or read.models:
         own = {label: s for label, s in read.tasks.items() if s.models is None or name in s.models}
@@ -112,7 +101,7 @@ def run(
                 options = read.model_dump(include={"n_examples", "steps", "k"})
                 options |= {"batch_size": setting.batch_size, "methods": METHODS}
                 key = part_key(model, name, task, options, seed)
-                made = Parts(parts).do(key, partial(_measure, model, task, setting, seed, read))
+                made = kept.do(key, partial(_measure, model, task, setting, seed, read))
                 rows += [{"model": name, "label": label, "seed": seed, **row} for row in made]
     if not rows:
         raise ValueError(f"No task of this study is of {', '.join(models or read.models)}.")
@@ -220,8 +209,7 @@ def text(table: pd.DataFrame) -> str:
         "correction takes for each query and key coordinate as that layer's share of the weights. "
         "Spearman's ρ is with exact effects, and that of magnitudes with magnitudes, which is what "
         "GradDrop estimates; its sign is that of attribution patching. Several tasks or splits "
-        "are given one after the other; the figure shows "
-        "the first split."
+        "are given one after the other; the figure shows the first split."
     )
 
 
