@@ -1,5 +1,7 @@
 """Trained baselines: merged against live, peft on a plain transformers model, gradients."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import eigenlens as el
 from eigenlens import baselines as bl
+from eigenlens.baselines import training
 from eigenlens.baselines.adapters import LowRankAdapter, ScaleAdapter
 from eigenlens.baselines.bias import TrainableBias
 from eigenlens.baselines.calibration import answer_statistics
@@ -15,6 +18,7 @@ from eigenlens.baselines.svf import TrainableFactors
 from eigenlens.metrics import answer_logits, answer_loss
 from eigenlens.provenance import model_fingerprint
 from eigenlens.tasks import make_batches
+from eigenlens.tasks.own_text import own_text
 
 peft = pytest.importorskip("peft")
 
@@ -284,3 +288,75 @@ def test_half_precision_trains_in_float32(tiny_folder):
         found = baseline.fit(model, spectra, task)
         assert found.trace["train_loss"].iloc[-1] < found.trace["train_loss"].iloc[0]
     assert model_fingerprint(model) == first
+
+
+@pytest.mark.parametrize("baseline", TRAINED, ids=lambda b: b.name)
+def test_half_an_edit_is_halfway_to_its_weights(arith, baseline, tmp_path):
+    model, spectra, task = arith
+    edit = baseline.fit(model, spectra, task).edit
+    half = edit.scaled(0.5)
+    half.save(tmp_path / "half.safetensors")
+    prompts = model.to_tokens(list(task.test["prompt"])[:4], prepend_bos=False)
+
+    def state(change):
+        with torch.no_grad(), change.applied(model):
+            return [p.clone() for p in model.parameters()], model(prompts)
+
+    before = [p.detach().clone() for p in model.parameters()]
+    (whole, logits), (part, _) = state(edit), state(half)
+    for first, last, middle in zip(before, whole, part, strict=True):
+        assert torch.allclose(middle, (first + last) / 2, atol=1e-6)
+    assert torch.allclose(state(edit.scaled(1.0))[1], logits, atol=1e-6)
+    assert torch.equal(state(bl.load_edit(tmp_path / "half.safetensors"))[1], state(half)[1])
+    with torch.no_grad():
+        assert torch.equal(state(edit.scaled(0.0))[1], model(prompts))
+
+
+def divergence(model, before, data):
+    """``KL(unedited ‖ edited)`` per answer token, from log-probabilities by hand."""
+    after = logits(model, data).log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+@pytest.fixture
+def sums(tiny, monkeypatch):
+    """A tiny model, a task, and a text that it wrote itself, whose other half decides."""
+    model = tiny("llama")
+    text = own_text(model, n_examples=12, n_tokens=9)
+    monkeypatch.setattr(training, "own_text", lambda model: text)
+    rows = MIXED.select_columns(["prompt", "answer"])
+    task = el.Task("mixed", rows, rows, rows, {})
+    return model, el.decompose(model, progress=False), task, text
+
+
+def test_a_bound_scales_an_edit_back_until_the_other_half_of_the_text_is_within(sums):
+    model, spectra, task, text = sums
+    checked = text.select(range(1, len(text), 2))
+    before = logits(model, checked).log_softmax(-1)
+    free = bl.Lora(ranks=(2,), learning_rates=(1e-1,), epochs=3)
+    with torch.no_grad(), free.fit(model, spectra, task).edit.applied(model):
+        bound = divergence(model, before, checked) / 3
+    found = replace(free, bound=bound).fit(model, spectra, task)
+    with found.edit.applied(model):
+        assert 0 < divergence(model, before, checked) <= bound
+    strengths = training._STRENGTHS
+    more = strengths[strengths.index(found.edit.strength) - 1]
+    with found.edit.scaled(more / found.edit.strength).applied(model):
+        assert divergence(model, before, checked) > bound
+
+
+def test_a_penalty_is_the_divergence_that_it_holds_down(sums):
+    model, spectra, task, text = sums
+    steered = text.select(range(0, len(text), 2))
+    before = logits(model, steered).log_softmax(-1)
+    found = []
+    for weight in (0.0, 30.0):
+        lora = bl.Lora(ranks=(2,), learning_rates=(1e-2,), epochs=6, patience=6, weight=weight)
+        with lora.fit(model, spectra, task).edit.applied(model):
+            found.append(divergence(model, before, steered))
+    assert found[1] < found[0] / 2
+    protect = el.Protection(model, {"own": text}, price=0.0, weight=2.0, batch_size=16)
+    assert float(protect.penalty(0)) == pytest.approx(0, abs=1e-12)
+    with lora.fit(model, spectra, task).edit.applied(model):
+        expected = 2.0 * divergence(model, before, steered)
+        assert float(protect.penalty(0)) == pytest.approx(expected, rel=1e-9)

@@ -57,7 +57,8 @@ class StoredEdit(Edit):
 
     Attributes:
         tensors: its numbers by name.
-        settings: what JSON can hold.
+        settings: what JSON can hold; ``strength`` is how much of the edit is made, all of it where
+            nothing is said.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -72,6 +73,15 @@ class StoredEdit(Edit):
     def parameters_changed(self) -> int:
         """All numbers that the edit holds."""
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def strength(self) -> float:
+        """How much of the edit is made, in [0, 1]."""
+        return float(self.settings.get("strength", 1.0))
+
+    def scaled(self, strength: float) -> "StoredEdit":
+        """The same edit, made by this much of what it is now."""
+        return replace(self, settings={**self.settings, "strength": self.strength * strength})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file."""
@@ -106,7 +116,7 @@ class BiasEdit(StoredEdit):
     @contextmanager
     def applied(self, model: TransformerBridge) -> Iterator[None]:
         """Add the vector inside the block."""
-        with adding(model, self.settings["hook"], self.tensors["bias"]):
+        with adding(model, self.settings["hook"], self.strength * self.tensors["bias"]):
             yield
 
 
@@ -122,7 +132,7 @@ def adding(model: TransformerBridge, hook: str, bias: Float[Tensor, " width"]) -
 
 
 class WeightEdit(StoredEdit):
-    """Puts other values in place of weights and biases."""
+    """Puts other values in place of weights and biases, or goes part of the way to them."""
 
     @abstractmethod
     def changes(self, model: TransformerBridge) -> Iterator[tuple[Tensor, Tensor]]:
@@ -135,7 +145,7 @@ class WeightEdit(StoredEdit):
             with torch.no_grad():
                 for weight, value in self.changes(model):
                     undo.enter_context(restored([weight]))
-                    weight.copy_(value)
+                    weight.lerp_(value, self.strength)
             yield
 
 

@@ -136,6 +136,12 @@ class Protection:
         _, slope = gates.gradient(batch, divergence)
         return self.weight * slope / batch.answer_mask.sum().to(slope.device)
 
+    def penalty(self, step: int) -> Float[Tensor, ""]:
+        """The penalty of the model as it runs now, differentiably, on the batch of ``step``."""
+        batch, divergence = self._turns[step % len(self._turns)]
+        total = divergence(precise(answer_logits(self._model, batch)), batch).sum()
+        return self.weight * total / batch.answer_mask.sum().to(total.device)
+
     def measure(self) -> dict[str, float]:
         """Divergence of the model as it is now on the checking halves, in nats per answer token."""
         return self._measure(self._checking)
