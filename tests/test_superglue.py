@@ -90,7 +90,12 @@ def test_every_label_and_question(folder):
     assert (copa["answer"], "What was the cause of this?" in copa["prompt"]) == (" 2", True)
 
 
+def folder_row(prompt: str) -> int:
+    return int(re.search(r"on day (\d+)", prompt)[1])
+
+
 def test_splits_and_sizes(folder):
+    write(folder / "superglue" / "CB" / "val.jsonl", CB)
     whole = el.load_task("cb", data=folder)
     assert (len(whole.train), len(whole.validation), len(whole.test)) == (16, 4, 20)
     assert not set(whole.train["prompt"]) & set(whole.validation["prompt"])
@@ -101,6 +106,13 @@ def test_splits_and_sizes(folder):
     other = el.load_task("cb", data=folder, seed=1)
     assert other.test.to_list() == whole.test.to_list()
     assert set(other.validation["prompt"]) != set(whole.validation["prompt"])
+    tests = [  # 3 of 20 rows serve six seeds
+        [folder_row(p) for p in el.load_task("cb", data=folder, n_test=3, seed=seed).test["prompt"]]
+        for seed in range(7)
+    ]
+    assert len({row for rows in tests[:6] for row in rows}) == 18
+    assert (tests[0], tests[6]) == ([0, 1, 2], [0, 1, 2])
+    assert all(rows == sorted(rows) for rows in tests)  # in the order of the file
     for sizes in ({"n_train": 17}, {"n_validation": 20}, {"n_test": 21}):
         with pytest.raises(ValueError, match=r"of 20|are 20|are 16"):
             el.load_task("cb", data=folder, **sizes)

@@ -1,5 +1,7 @@
 """Tasks: prompts to the letter, disjoint splits, tokens that spell the text."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from tiny_models import MIXED, dataset
@@ -7,6 +9,8 @@ from tiny_models import MIXED, dataset
 import eigenlens as el
 from eigenlens.tasks import UnknownTaskError, make_batches
 from eigenlens.tasks.batches import tokenise
+
+TENS = {"low": 10, "high": 30, "n_train": 300, "n_validation": 50, "n_test": 50}
 
 
 def pairs(split):
@@ -35,6 +39,78 @@ def test_twins_are_on_the_same_side(seed, sizes):
             assert not one & other
             assert not one & {(b, a) for a, b in other}
     assert [len(s) for s in splits] == (list(sizes.values()) or [240, 80, 80])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "seeds"),
+    [
+        ("int_add", TENS, 8),
+        ("int_mult", {"high": 20, "n_train": 200, "n_validation": 33, "n_test": 57}, 6),
+        ("ambiguous", {"reading": "sum"}, 5),
+        ("int_add", {"high": 20, "n_train": 199, "n_validation": 1, "n_test": 200}, 2),
+        ("ioi", {}, 12),
+        ("ioi", {"n_test": 700}, 1),
+    ],
+)
+def test_seeds_are_tested_on_different_examples(name, sizes, seeds):
+    tasks = [el.load_task(name, **sizes, seed=seed) for seed in range(seeds + 1)]
+    words = [
+        # two sentences about the same two people are no different examples
+        [tuple(row["candidates"]) or row["prompt"] for row in task.test]
+        for task in tasks
+    ]
+    for one, other in combinations(words[:seeds], 2):
+        assert not set(one) & set(other)
+    assert len(set(words[0])) == len(tasks[0].test)
+    assert {len(one) for one in words} == {len(tasks[0].test)}
+    assert set(words[seeds]) == set(words[0])  # then they begin again
+    assert set(tasks[seeds].train["prompt"]) != set(tasks[0].train["prompt"])
+
+
+# Numbers that are published were measured on these splits.
+@pytest.mark.parametrize(
+    ("name", "arguments", "published"),
+    [
+        ("int_add", TENS, "687c062bcf6e"),
+        ("int_mult", {**TENS, "low": 0, "high": 20}, "e7592b5ed4d9"),
+        ("ambiguous", {}, "878b75e608ae"),
+        ("ioi", {}, "6d87eb34c070"),
+    ],
+)
+def test_seed_0_stays_what_it_was(name, arguments, published):
+    assert el.load_task(name, **arguments).hash[:12] == published
+
+
+@pytest.mark.parametrize("name", ["int_add", "int_mult", "ambiguous"])
+@pytest.mark.parametrize("seed", [0, 1, 2, 40])
+def test_unseen_answers(name, seed):
+    sizes = {"low": 10, "high": 30, "n_train": 250, "n_validation": 50, "n_test": 50}
+    sizes |= {"reading": "sum"} if name == "ambiguous" else {}
+    plain = el.load_task(name, **sizes, seed=seed)
+    task = el.load_task(name, **sizes, seed=seed, unseen_answers=True)
+    for split, size in ((task.train, 250), (task.validation, 50), (task.test, 50)):
+        assert len(set(split["prompt"])) == len(split) == size
+    learned_from = {*task.train["answer"], *task.validation["answer"]}
+    assert not learned_from & set(task.test["answer"])
+    assert not pairs(task.train) & {(b, a) for a, b in pairs(task.validation)}
+    if name != "int_mult":  # what the plain split does not promise
+        seen = {*plain.train["answer"], *plain.validation["answer"]}
+        assert sum(answer in seen for answer in plain.test["answer"]) > 40
+
+
+def test_unseen_answers_of_different_seeds():
+    sizes = {"low": 10, "high": 30, "n_train": 200, "n_validation": 50, "n_test": 50}
+    tests = [
+        pairs(el.load_task("int_add", **sizes, seed=seed, unseen_answers=True).test)
+        for seed in range(5)
+    ]
+    for one, other in combinations(tests, 2):
+        assert not one & other
+
+
+def test_unseen_answers_that_cannot_be_had():
+    with pytest.raises(ValueError, match=r"leaves \d+ pairs .* 99 for train .* lower n_train"):
+        el.load_task("int_add", high=11, n_train=99, n_validation=1, n_test=21, unseen_answers=True)
 
 
 def test_defaults_and_seeds():

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from eigenlens.tasks.splits import Example
+from eigenlens.tasks.splits import Example, test_items
 from eigenlens.tasks.task import Task, to_dataset
 
 _TEMPLATES = (
@@ -41,7 +41,11 @@ _PAIRS = tuple(combinations(_NAMES, 2))
 
 
 class IoiConfig(BaseModel):
-    """Arguments of ``ioi``. Each example has a pair of names of its own."""
+    """Arguments of ``ioi``. Each example has a pair of names of its own.
+
+    Test sets of different seeds have no pair in common as long as there are pairs: with 100 test
+    examples, seed 12 has the pairs of seed 0 again, in other sentences.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,13 +72,18 @@ def ioi(**arguments: Any) -> Task:
     config = IoiConfig(**arguments)
     rng = random.Random(config.seed)
     third = random.Random(f"corrupt {config.seed}")  # the examples do not depend on it
-    pairs = iter(rng.sample(_PAIRS, len(_PAIRS)))
+    order = rng.sample(_PAIRS, len(_PAIRS))
+    before = config.n_train + config.n_validation
+    first = random.Random(0).sample(_PAIRS, len(_PAIRS))[before : before + config.n_test]
+    tested = test_items([[pair] for pair in _PAIRS], config.n_test, config.seed, first)
+    others = [pair for pair in order if pair not in set(tested)]
+    splits = (others[: config.n_train], others[config.n_train : before], tested)
     orders = ("ABBA", "BABA") if config.order == "both" else (config.order,)
     train, validation, test = (
         to_dataset(
-            [_example(next(pairs), orders[i % len(orders)], rng, third) for i in range(size)]
+            [_example(pair, orders[i % len(orders)], rng, third) for i, pair in enumerate(split)]
         )
-        for size in (config.n_train, config.n_validation, config.n_test)
+        for split in splits
     )
     return Task("ioi", train, validation, test, config.model_dump())
 

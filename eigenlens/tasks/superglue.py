@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from eigenlens.tasks.rows import Row, read_rows
 from eigenlens.tasks.sources import LocalPath, Revision, data_file, data_folder, from_hub
-from eigenlens.tasks.splits import Example, hold_out, take
+from eigenlens.tasks.splits import Example, hold_out, take, test_items
 from eigenlens.tasks.task import Task, to_dataset
 
 _COLLECTION = "superglue"
@@ -27,8 +27,10 @@ class SuperGlueConfig(BaseModel):
 
     ``n_validation`` (default: 20 %) examples of the official training file are drawn by ``seed``
     for validation; train is ``n_train`` (default: all) of the others in random order, so that a
-    smaller train split is part of a larger one. Test is the first ``n_test`` (default: all)
-    examples of the official validation file, whatever the seed.
+    smaller train split is part of a larger one. Test is ``n_test`` (default: all) examples of the
+    official validation file in its order: the first ones for seed 0, and others for each further
+    seed as long as there are others (50 of COPA's 100 serve two seeds). All, or more than half, are
+    the same examples for every seed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -131,7 +133,7 @@ def _build(name: str, config: SuperGlueConfig) -> Task:
     ]
     validation, rest = hold_out(official[0], config.n_validation, config.seed, "n_validation")
     train = take(rest, config.n_train, "n_train")
-    test = take(official[1], config.n_test, "n_test")
+    test = _test(official[1], config)
     return Task(
         name,
         to_dataset(train),
@@ -139,6 +141,12 @@ def _build(name: str, config: SuperGlueConfig) -> Task:
         to_dataset(test),
         config.model_dump(mode="json"),
     )
+
+
+def _test(examples: list[Example], config: SuperGlueConfig) -> list[Example]:
+    first = range(len(take(examples, config.n_test, "n_test")))
+    rows = [[row] for row in range(len(examples))]
+    return [examples[row] for row in sorted(test_items(rows, len(first), config.seed, first))]
 
 
 def _rows(name: str, form: Format, config: SuperGlueConfig, split: str) -> list[Row]:
