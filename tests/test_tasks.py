@@ -47,7 +47,7 @@ def test_twins_are_on_the_same_side(seed, sizes):
         ("int_add", TENS, 8),
         ("int_mult", {"high": 20, "n_train": 200, "n_validation": 33, "n_test": 57}, 6),
         ("ambiguous", {"reading": "sum"}, 5),
-        ("int_add", {"high": 20, "n_train": 199, "n_validation": 1, "n_test": 200}, 2),
+        ("int_add", {"high": 20, "n_train": 198, "n_validation": 2, "n_test": 200}, 2),
         ("ioi", {}, 12),
         ("ioi", {"n_test": 700}, 1),
     ],

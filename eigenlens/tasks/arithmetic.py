@@ -147,7 +147,9 @@ def split_pairs(
     Raises:
         ValueError: these sizes cannot be had.
     """
-    twins = [sorted({(a, b), (b, a)}) for a in range(low, high) for b in range(a, high)]
+    twins: list[Sequence[Pair]] = [
+        sorted({(a, b), (b, a)}) for a in range(low, high) for b in range(a, high)
+    ]
     if unseen is None:
         test = test_items(twins, sizes[2], seed, _last_of_seed_0(twins, sizes))
         taken = set(test)
