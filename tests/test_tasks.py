@@ -109,8 +109,10 @@ def test_unseen_answers_of_different_seeds():
 
 
 def test_unseen_answers_that_cannot_be_had():
-    with pytest.raises(ValueError, match=r"leaves \d+ pairs .* 99 for train .* lower n_train"):
-        el.load_task("int_add", high=11, n_train=99, n_validation=1, n_test=21, unseen_answers=True)
+    sizes = {"high": 7, "n_train": 20, "n_validation": 20, "n_test": 9}
+    el.load_task("int_add", **sizes)
+    with pytest.raises(ValueError, match=r"leaves 39 pairs .* 20 for train .* lower n_train"):
+        el.load_task("int_add", **sizes, unseen_answers=True)
 
 
 def test_defaults_and_seeds():
