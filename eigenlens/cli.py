@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from eigenlens import cli_edits
+from eigenlens import cli_bench, cli_edits
 from eigenlens.cli_output import (
     AsJson,
     before_and_after,
@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 for command in (
     *(cli_edits.apply, cli_edits.evaluate, cli_edits.export),
-    *(cli_edits.push, cli_edits.pull, cli_edits.harness_tasks),
+    *(cli_edits.push, cli_edits.pull, cli_edits.harness_tasks, cli_bench.bench),
 ):
     app.command()(command)
 
@@ -346,44 +346,6 @@ def figures(
 
         for result in redraw(out, names or (), formats or FORMATS):
             say(f"Drawn: {out}/{result.name}.*")
-
-
-@app.command()
-def bench(
-    model: Annotated[
-        str, typer.Option(help="Short name, folder, GGUF file or Hub name.")
-    ] = "smollm2-135m",
-    task_arg: Annotated[
-        list[str] | None, typer.Option(help="key=value of int_add, repeatable.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per pass.")] = 50,
-    repeats: Annotated[int, typer.Option(help="Interleaved repeats.", min=1)] = 5,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.", callback=expanded)] = None,
-) -> None:
-    """Time a scoring pass against an ordinary training step."""
-    with clear_errors():
-        from eigenlens.bench import benchmark
-        from eigenlens.files import write_json
-        from eigenlens.models import load_model
-        from eigenlens.tasks import load_task
-
-        loaded = load_model(model)
-        arguments = {"low": 10, "high": 30, "n_train": 300, "n_validation": 50, "n_test": 50}
-        arguments |= pairs(task_arg or [], "--task-arg")
-        task = load_task("int_add", loaded.tokenizer, **arguments)
-        found = benchmark(loaded, task, batch_size=batch_size, repeats=repeats)
-        table = Table("", "median seconds", "of a training step")
-        for name, seconds in found["seconds"].items():
-            share = seconds / found["seconds"]["training"]
-            table.add_row(name, f"{seconds:.2f}", f"{share:.2f}")
-        console.print(table)
-        console.print(
-            f"score / training step: {found['score_to_training_step']:.2f}; "
-            f"peak memory {found['peak_memory_mb']:.0f} MB "
-            f"(training {found['training_peak_memory_mb']:.0f} MB)"
-        )
-        if out is not None:
-            write_json(out, found)
 
 
 if __name__ == "__main__":

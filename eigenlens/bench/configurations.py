@@ -1,0 +1,88 @@
+"""Configurations of real models, written down: their files may be out of reach.
+
+Sources: the ``config.json`` of openai-community/gpt2-xl, microsoft/phi-2, huggyllama/llama-7b and
+meta-llama/Llama-2-70b on the Hugging Face Hub, and of what each is said to be in its paper.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from eigenlens.files import FileFormatError, read_json
+
+_LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "gpt2-xl": {
+        "model_type": "gpt2",
+        "n_layer": 48,
+        "n_embd": 1600,
+        "n_head": 25,
+        "vocab_size": 50257,
+        "n_positions": 1024,
+    },
+    "phi-2": {
+        "model_type": "phi",
+        "num_hidden_layers": 32,
+        "hidden_size": 2560,
+        "num_attention_heads": 32,
+        "intermediate_size": 10240,
+        "vocab_size": 51200,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.4,
+        },
+        "max_position_embeddings": 2048,
+    },
+    "llama-7b": {
+        **_LLAMA,
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+    },
+    "llama-70b": {
+        **_LLAMA,
+        "num_hidden_layers": 80,
+        "hidden_size": 8192,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "max_position_embeddings": 4096,
+    },
+}
+
+
+def configuration(name: str) -> PretrainedConfig:
+    """The configuration of that name, of a model's folder, or in a JSON file.
+
+    Raises:
+        ValueError: nothing of the kind, or none that transformers knows.
+    """
+    path = Path(name).expanduser()
+    if name in CONFIGURATIONS:
+        return _made(name, CONFIGURATIONS[name])
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"There is no configuration {name!r}: give one of {', '.join(CONFIGURATIONS)}, the "
+            "folder of a model, or a JSON file such as its config.json."
+        )
+    return _made(str(path), read_json(path))
+
+
+def _made(name: str, values: dict[str, Any]) -> PretrainedConfig:
+    kind = values.get("model_type")
+    # A tokenizer of bytes has its own special tokens: those of the model it is named after may lie
+    # outside a smaller vocabulary.
+    free = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    try:
+        rest = {key: value for key, value in values.items() if key != "model_type"}
+        return AutoConfig.for_model(kind, **{**rest, **free})
+    except (TypeError, ValueError) as error:
+        raise FileFormatError(f"{name} is no configuration of a model ({error}).") from error
