@@ -319,12 +319,21 @@ def report(
         bool,
         typer.Option(help="Load the model again for the circuit and the activations."),
     ] = True,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Task in whose train split to look for what components answer to, as wikitext. "
+            "Default: the model's own text if the run protected it, else the run's task."
+        ),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page that explains a finished run."""
     with clear_errors():
         from eigenlens.report import write_report
+        from eigenlens.tasks import load_task
 
-        say(f"Report: {write_report(run, out, inside=circuit)}")
+        passages = None if text is None else load_task(text).train
+        say(f"Report: {write_report(run, out, text=passages, inside=circuit)}")
 
 
 @app.command()

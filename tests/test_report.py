@@ -18,7 +18,7 @@ from eigenlens import pipeline
 from eigenlens.cli import app
 from eigenlens.evaluation import Evaluation
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.report import write_report
+from eigenlens.report import inside, write_report
 
 CONFIG = el.EigenpruneConfig(
     model="arith-tiny",
@@ -56,8 +56,12 @@ def copy(finished, tmp_path):
     return tmp_path / "run"
 
 
+def page_html(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
 def page_text(folder):
-    return html.unescape((folder / "report.html").read_text(encoding="utf-8"))
+    return html.unescape(page_html(folder))
 
 
 def test_a_run_is_read_back_as_it_was(finished):
@@ -240,6 +244,54 @@ def test_a_run_that_froze_nothing_has_a_report(copy, finished):
     assert "There are no pruned paths" in text
     assert "No answer changed" in text
     assert 'id="figure-map"' not in text
+
+
+def test_passages_are_those_of_examples(finished, copy):
+    """Of a text that is given, too: one component at a time, the extreme token marked."""
+    _, result = finished
+    model, task = pipeline.load_as(result.config)
+    for text in (task.train, task.test):
+        write_report(copy, text=text, progress=False)
+        (table,) = re.findall(r'<table [^>]*id="table-answers".*?</table>', page_html(copy), re.S)
+        rows = re.findall(
+            r"<tr><td [^>]*>(.*?)</td><td .*?>(.*?)</td><td .*?>(.*?)</td>", table, re.S
+        )
+        found = {row[0]: row[1:] for row in rows}
+        spectra = result.scores.spectra_on(model)
+        for place in result.frozen.components.itertuples(index=False):
+            own = el.examples(model, spectra, place[:4], text, top=3, around=8, progress=False)
+            for end, shown in zip(("largest", "smallest"), found[own.node], strict=True):
+                expected = []
+                for _, row in own.passages[own.passages["end"] == end].iterrows():
+                    parts = list(map(html.escape, row["tokens"]))
+                    parts[row["at"]] = f"<mark>{parts[row['at']]}</mark>"
+                    value = f"{row['coordinate']:+.3g}".replace("-", "−")
+                    expected.append(f"<b>{value}</b> {''.join(parts)}")
+                assert shown.split("\n") == expected
+
+
+def test_tokens_of_passages_stay_texts(copy, monkeypatch):
+    nasty = "</td></script><script>document.title='run'</script><b>&amp;"
+    look = inside.look_inside
+
+    def renamed(*arguments, **options):
+        found = look(*arguments, **options)
+        spoilt = {
+            node: replace(
+                e,
+                passages=e.passages.assign(tokens=[[nasty] * len(t) for t in e.passages["tokens"]]),
+            )
+            for node, e in found.examples.items()
+        }
+        return replace(found, examples=spoilt)
+
+    monkeypatch.setattr("eigenlens.report.page.look_inside", renamed)
+    write_report(copy, progress=False)
+    with visit(copy / "report.html", 1200) as page:
+        assert page.problems == []
+        assert "eigenlens report" in page.ask("document.title")
+        marked = "[...document.querySelectorAll('#table-answers mark')].map(m => m.textContent)"
+        assert set(page.ask(marked)) == {nasty}
 
 
 def test_tasks_with_candidates_show_both_accuracies(copy):

@@ -10,23 +10,23 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.circuits.nodes import Node, make_nodes
+from eigenlens.circuits.nodes import Nodes, make_nodes
 from eigenlens.files import FileFormatError, load_record, save_record
 from eigenlens.inputs import tokenizer_of
 from eigenlens.matrices import Site
 from eigenlens.metrics import check_eval_mode
 from eigenlens.passes import Activation, FiniteCheck, record
 from eigenlens.provenance import Provenance, data_hash
-from eigenlens.spectra import COMPONENT, Spectra
+from eigenlens.spectra import COMPONENT, Directions, Spectra
 from eigenlens.tasks.batches import Batch, make_batches
 
 _COLUMNS = ["end", "example", "position", "coordinate", "tokens", "coordinates", "at"]
+_ENDS = {"largest": 1, "smallest": -1}
 _COLOURS = {True: "213, 94, 0", False: "0, 114, 178"}  # above and below zero
 
 
@@ -136,24 +136,49 @@ def examples(
         ValueError: no such component; ``top`` below 1 or ``around`` below 0; a model in training
             mode or with other weights; data that are empty or do not fit.
     """
+    nodes = make_nodes(spectra.on(model), pd.DataFrame([_place(component)]))
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    (found,) = examples_of(model, nodes, data, top=top, around=around, **options).values()
+    return found
+
+
+def examples_of(
+    model: TransformerBridge,
+    nodes: Nodes,
+    data: Dataset,
+    *,
+    top: int = 5,
+    around: int = 12,
+    batch_size: int = 50,
+    progress: bool = True,
+) -> dict[str, Examples]:
+    """:func:`examples` of many components or blocks by name, from one pass over ``data``.
+
+    Raises:
+        ValueError: as :func:`examples`.
+    """
     if top < 1 or around < 0:
         raise ValueError(f"top={top}, around={around}: at least 1 and 0 are needed.")
     check_eval_mode(model)
-    spectra = spectra.on(model)
-    (node,) = make_nodes(spectra, pd.DataFrame([_place(component)]))
-    found: list[dict[str, Any]] = []
+    found: dict[str, list[dict[str, Any]]] = {node.name: [] for node in nodes}
     batches = make_batches(data, model, batch_size)
     for batch in tqdm(batches, desc="examples", unit="batch", disable=not progress):
-        found += _extremes(model, batch, _coordinates(model, node, batch), around)
-    table = pd.DataFrame(found, columns=_COLUMNS)
+        for name, coordinates in _coordinates(model, nodes, batch).items():
+            found[name] += _extremes(model, batch, coordinates, top, around)
+    provenance = Provenance.of(model, task_hash=data_hash(data))
+    return {name: Examples(name, _best(rows, top), provenance) for name, rows in found.items()}
+
+
+def _best(rows: list[dict[str, Any]], top: int) -> pd.DataFrame:
+    """The most extreme passages of either end."""
+    table = pd.DataFrame(rows, columns=_COLUMNS)
     ends = [
         table[table["end"] == end]
         .sort_values("coordinate", ascending=end == "smallest", kind="stable")
         .head(top)
-        for end in ("largest", "smallest")
+        for end in _ENDS
     ]
-    provenance = Provenance.of(model, task_hash=data_hash(data))
-    return Examples(node.name, pd.concat(ends, ignore_index=True), provenance)
+    return pd.concat(ends, ignore_index=True)
 
 
 def _place(component: Mapping[str, Any] | pd.Series | Sequence[Any]) -> dict[str, Any]:
@@ -166,40 +191,50 @@ def _place(component: Mapping[str, Any] | pd.Series | Sequence[Any]) -> dict[str
     return dict(zip(COMPONENT, component, strict=True))
 
 
-def _coordinates(model: TransformerBridge, node: Node, batch: Batch) -> Float[Tensor, "batch pos"]:
-    own = node.spectrum.subset(np.full_like(node.index, node.head), node.index)
-    assert own.read is not None
-    read = own.read[0]
-    seen: list[Tensor] = []
+def _coordinates(
+    model: TransformerBridge, nodes: Nodes, batch: Batch
+) -> dict[str, Float[Tensor, "batch pos"]]:
+    """Coordinates of every node by its name; of a block, their length."""
+    own: dict[str, list[tuple[str, Directions]]] = {}
+    for node in nodes:
+        members = node.spectrum.subset(np.full_like(node.index, node.head), node.index)
+        own.setdefault(node.site.name, []).append((node.name, members))
+    seen: dict[str, Tensor] = {}
     finite = FiniteCheck()
 
     def keep(site: Site, h: Activation) -> None:
-        c = einsum(h[:, :, 0].to(read.dtype), read, "b p width, width k -> b p k")
-        seen.append(c[..., 0] if len(node.index) == 1 else c.norm(dim=-1))
+        for name, members in own[site.name]:
+            assert members.read is not None
+            c = members.coordinates(h.to(members.read.dtype))[:, :, 0]
+            seen[name] = (c[..., 0] if c.shape[-1] == 1 else c.norm(dim=-1)).cpu().double()
 
-    record(model, [own.site], batch, keep, finite)
+    sites = {members.site.name: members.site for parts in own.values() for _, members in parts}
+    record(model, list(sites.values()), batch, keep, finite)
     finite.check()
-    return seen[0].cpu().double()
+    return {node.name: seen[node.name] for node in nodes}
 
 
 def _extremes(
-    model: TransformerBridge, batch: Batch, coordinates: Float[Tensor, "batch pos"], around: int
+    model: TransformerBridge,
+    batch: Batch,
+    coordinates: Float[Tensor, "batch pos"],
+    top: int,
+    around: int,
 ) -> list[dict[str, Any]]:
-    """The largest and the smallest coordinate of every example, with what stands around it."""
+    """The most extreme coordinates, one of an example, with what stands around them."""
     there = batch.attention_mask.cpu()
-    ends = {
-        "largest": coordinates.masked_fill(~there, -torch.inf).argmax(1),
-        "smallest": coordinates.masked_fill(~there, torch.inf).argmin(1),
-    }
     tokenizer = tokenizer_of(model)
     rows = []
-    for end, places in ends.items():
-        for line, place in enumerate(places.tolist()):
+    for end, sign in _ENDS.items():
+        values_there = (sign * coordinates).masked_fill(~there, -torch.inf)
+        places = values_there.argmax(1)
+        most = values_there.gather(1, places[:, None])[:, 0]
+        for line in most.argsort(descending=True, stable=True)[:top].tolist():
+            place = int(places[line])
             first = max(place - around, int(there[line].int().argmax()))
-            last = max(place, int(torch.nonzero(there[line]).max()))
-            columns = range(first, min(place + around, last) + 1)
-            tokens = batch.tokens[line, first : columns.stop].tolist()
-            values = coordinates[line, first : columns.stop].tolist()
+            last = min(place + around, int(torch.nonzero(there[line]).max()))
+            tokens = batch.tokens[line, first : last + 1].tolist()
+            values = coordinates[line, first : last + 1].tolist()
             rows.append(
                 {
                     "end": end,

@@ -4,37 +4,51 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.activations import ActivationChange, activation_change
-from eigenlens.circuits import Circuit, circuit
-from eigenlens.circuits.nodes import score_rows
+from eigenlens.circuits import Circuit, Examples, circuit
+from eigenlens.circuits.examples import examples_of
+from eigenlens.circuits.nodes import make_nodes, score_rows
+from eigenlens.config import EigenpruneConfig
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.pipeline import EigenpruneResult, load_as
 from eigenlens.provenance import data_hash
 from eigenlens.scoring import Scores
+from eigenlens.spectra import COMPONENT
 from eigenlens.tasks import Task
+from eigenlens.tasks.own_text import OWN_TEXT, OwnTextError, own_text
 
 # A node of the circuit is a short backward pass for each batch, and brings two more nodes that
 # write to it: minutes on a small language model.
 MOST_FROZEN = 40
 MOST_TRACED = 50  # training examples
 MOST_COMPARED = 100  # test examples
+MOST_DESCRIBED = 200  # frozen components, besides those of the circuit
+MOST_READ = 200  # passages that components answer to
+_PASSAGES, _AROUND = 3, 8  # shown of either end, and tokens on either side
 
 
 @dataclass(frozen=True)
 class Inside:
-    """Activations before and after, and the circuit of pruned paths.
+    """Activations before and after, the circuit of pruned paths, and what its components answer to.
 
     Attributes:
         activations: on test examples.
         paths: on training examples, as the scores are; ``None`` if nothing is frozen.
         shown: how many frozen components are in ``paths``: those with the largest scores.
+        examples: passages of ``text`` for the frozen components with the lowest scores and all of
+            ``paths``, by node.
+        text: what was read, in words.
     """
 
     activations: ActivationChange
     paths: Circuit | None
     shown: int
+    examples: dict[str, Examples]
+    text: str
 
 
 def look_inside(
@@ -42,6 +56,7 @@ def look_inside(
     model: TransformerBridge | None = None,
     task: Task | None = None,
     *,
+    text: Dataset | None = None,
     progress: bool = True,
 ) -> Inside:
     """Look at what the edit of a run does inside its model.
@@ -49,6 +64,8 @@ def look_inside(
     Args:
         result: the run.
         model, task: those of the run (default: loaded as the run did).
+        text: passages to look for examples in (default: the model's own text if the run protected
+            it, else the training examples).
         progress: show progress bars.
 
     Raises:
@@ -73,10 +90,40 @@ def look_inside(
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
     changed = activation_change(model, frozen, test, **options)
     if not len(frozen):
-        return Inside(changed, None, 0)
-    strongest = _strongest(frozen, result.scores)
-    paths = circuit(model, result.scores, train, strongest, **options)
-    return Inside(changed, paths, len(strongest))
+        return Inside(changed, None, 0, {}, "")
+    spectra = result.scores.spectra_on(model)
+    scores = replace(result.scores, spectra=spectra)
+    strongest = _strongest(frozen, scores)
+    paths = circuit(model, scores, train, strongest, **options)
+    described = pd.concat([_lowest(frozen, scores), paths.nodes[COMPONENT]], ignore_index=True)
+    nodes = make_nodes(spectra, described)
+    passages, what = _text(model, task, config, text)
+    passages = passages.select(range(min(MOST_READ, len(passages))))
+    found = examples_of(model, nodes, passages, top=_PASSAGES, around=_AROUND, **options)
+    return Inside(changed, paths, len(strongest), found, f"{len(passages)} {what}")
+
+
+def _text(
+    model: TransformerBridge, task: Task, config: EigenpruneConfig, given: Dataset | None
+) -> tuple[Dataset, str]:
+    """Passages to look for examples in, and what they are."""
+    if given is not None:
+        return given, "passages of the text that was given"
+    protected = {OWN_TEXT: {}} if config.protect is None else config.protect
+    if OWN_TEXT in protected:
+        try:  # as the run did, so that what it sampled is found on disk
+            text = own_text(model, **{"seed": config.seed} | protected[OWN_TEXT])
+            return text, "passages that the model wrote itself"
+        except OwnTextError:
+            pass
+    return task.train, "training examples of the task"
+
+
+def _lowest(frozen: FrozenSet, scores: Scores) -> pd.DataFrame:
+    """The frozen components with the lowest scores, which the report lists."""
+    values = scores.delta_loss[score_rows(scores, frozen.components)]
+    order = np.argsort(values, kind="stable")[:MOST_DESCRIBED]
+    return frozen.components[COMPONENT].iloc[order]
 
 
 def _strongest(frozen: FrozenSet, scores: Scores) -> FrozenSet:

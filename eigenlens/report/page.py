@@ -8,6 +8,8 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
+from datasets import Dataset
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -31,6 +33,7 @@ def write_report(
     *,
     model: TransformerBridge | None = None,
     task: Task | None = None,
+    text: Dataset | None = None,
     inside: bool = True,
     progress: bool = True,
 ) -> Path:
@@ -41,6 +44,8 @@ def write_report(
         out: the file to write (default: ``report.html`` in the folder).
         model: that of the run; needed where it had it from memory, and else loaded again.
         task: likewise.
+        text: passages in which to look for what components answer to, as prompts and answers
+            (default: the model's own text if the run protected it, else the training examples).
         inside: draw activations and the circuit of pruned paths, which takes the model. Where that
             is not possible, the page says why and has everything else.
         progress: show progress bars.
@@ -53,7 +58,7 @@ def write_report(
         FileFormatError: a file of it is truncated or foreign.
     """
     result, metrics = load_run(run)
-    found, reason = _inside(result, model, task, inside, progress)
+    found, reason = _inside(result, model, task, text, inside, progress)
     path = Path(out) if out is not None else Path(run) / "report.html"
     write_text(path, _render(result, metrics, found, reason))
     return path
@@ -63,6 +68,7 @@ def _inside(
     result: EigenpruneResult,
     model: TransformerBridge | None,
     task: Task | None,
+    text: Dataset | None,
     wanted: bool,
     progress: bool,
 ) -> tuple[Inside | None, str]:
@@ -70,7 +76,7 @@ def _inside(
     if not wanted:
         return None, "the report was written with --no-circuit."
     try:
-        return look_inside(result, model, task, progress=progress), ""
+        return look_inside(result, model, task, text=text, progress=progress), ""
     except (ValueError, OSError) as error:
         return None, f"the model of this run could not be used: {error}"
 
@@ -107,6 +113,7 @@ def _render(
         n_changed=n_changed,
         spared=_spared(result.search.protected),
         against=_against(found),
+        answers=_answers(found),
         cost=_cost(result.seconds),
         made_with=_made_with(metrics),
         most_rows=MOST_ROWS,
@@ -231,6 +238,34 @@ def _against(found: Inside | None) -> Table | None:
             "suppresses": str,
         },
     )
+
+
+def _answers(found: Inside | None) -> Table | None:
+    """The passages at both ends of every described component's coordinate."""
+    if found is None or not found.examples:
+        return None
+    rows = []
+    for node, own in found.examples.items():
+        ends = dict(iter(own.passages.groupby("end")))
+        rows.append([node, *(_marked(ends[end]) for end in ("largest", "smallest"))])
+    return make_table(
+        pd.DataFrame(rows, columns=["component", "largest", "smallest"], dtype=object),
+        "Passages on which a component's coordinate is largest and smallest, with the coordinate "
+        f"at the marked token; {found.text}. A coordinate's sign is arbitrary, as that of a "
+        "singular vector is",
+        {"component": "", "largest": "", "smallest": ""},
+    )
+
+
+def _marked(passages: pd.DataFrame) -> Markup:
+    """Passages line by line, each with its coordinate and the extreme token marked."""
+    lines = []
+    for row in passages.to_dict("records"):
+        tokens = [escape(token.replace("\n", "⏎")) for token in row["tokens"]]
+        tokens[row["at"]] = Markup("<mark>{}</mark>").format(tokens[row["at"]])
+        value = f"{row['coordinate']:+.3g}".replace("-", "−")
+        lines.append(Markup("<b>{}</b> {}").format(value, Markup("").join(tokens)))
+    return Markup("\n").join(lines)
 
 
 def _cost(seconds: dict[str, float]) -> Table:

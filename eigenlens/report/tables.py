@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
+from markupsafe import Markup
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 
@@ -46,7 +47,8 @@ def make_table(
     Args:
         frame: one row per row.
         caption: names the table and says its units.
-        formats: of each column: a format specification (``".3f"``, ``""``) or a function.
+        formats: of each column: a format specification (``".3f"``, ``""``) or a function. A cell
+            that is markup stays as it is, and is sorted by its text.
     """
     columns = [
         Column(name, is_numeric_dtype(frame[name]) and not is_bool_dtype(frame[name]))
@@ -62,5 +64,7 @@ def make_table(
 def _cell(value: object, form: str | Callable[[object], str]) -> Cell:
     if value is None or value != value:  # NaN: a step that has no such number
         return Cell("–", "")
+    if isinstance(value, Markup):
+        return Cell(value, str(value.striptags()))
     text = form(value) if callable(form) else format(value, form)
     return Cell(text.replace("-", "−") if not isinstance(value, str) else text, str(value))
