@@ -12,11 +12,11 @@ no room for it, its projections batch by batch. What depends on single examples 
 worst cases) needs the means first and is summed by :class:`EffectSums`.
 
 Rows of per-position sums are those of :class:`eigenlens.position_means.Positions`.
-Sums of two shards add: that is the whole of data-parallel scoring.
+Sums of two shards merge into those of both: that is the whole of data-parallel scoring.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -25,27 +25,61 @@ from torch import Tensor
 
 from eigenlens.spectra import Spectrum
 
-S = TypeVar("S", bound="_Sums")
 Activation = Float[Tensor, "batch pos head width"]
 
 
 @dataclass
-class _Sums:
-    """Adds field by field; of ``worst`` the larger is kept."""
+class Sums:
+    """Sums over examples, field by field; of ``worst`` the largest is kept."""
 
-    def __add__(self: S, other: S) -> S:
-        merged: dict[str, Tensor | None] = {}
-        for f in fields(self):
-            one, two = getattr(self, f.name), getattr(other, f.name)
-            if f.name == "worst" and one is not None:
-                merged[f.name] = torch.maximum(one, two)
+    def merge(self, other: "Sums") -> None:
+        """Take in the sums over other examples, which must be of the same kind and shape.
+
+        Raises:
+            TypeError: they are of another kind, or kept in another form.
+        """
+        mine, others = self._kept(), other._kept()
+        if type(self) is not type(other) or mine.keys() != others.keys():
+            raise TypeError(
+                f"{type(self).__name__} of {', '.join(mine)} cannot take in "
+                f"{type(other).__name__} of {', '.join(others)}."
+            )
+        for name, sum_ in mine.items():
+            more = others[name].to(sum_.device)
+            if name == "worst":
+                torch.maximum(sum_, more, out=sum_)
             else:
-                merged[f.name] = None if one is None else one + two
-        return type(self)(**merged)
+                sum_ += more
+
+    def _kept(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+# What a pass over some examples found: sums by what they are of, and by matrix.
+Collected = dict[str, dict[str, Sums]]
+
+
+def merged(parts: Iterable[Collected]) -> Collected:
+    """The sums over all examples from those over parts of them, of which there is at least one."""
+    rest = iter(parts)
+    whole = next(rest)
+    for part in rest:
+        for what, sums in whole.items():
+            for name, one in sums.items():
+                one.merge(part[what][name])
+    return whole
 
 
 @dataclass
-class ActivationSums(_Sums):
+class ComponentSums(Sums):
+    """One number of each component: ``Σ_b e_b``."""
+
+    total: Float[Tensor, "head k"]
+
+
+@dataclass
+class ActivationSums(Sums):
     """Sum of an activation, or of its gradient, per position: ``Σ_b h_bt``."""
 
     total: Float[Tensor, "row head width"]
@@ -62,7 +96,7 @@ class ActivationSums(_Sums):
 
 
 @dataclass
-class CrossSums(_Sums):
+class CrossSums(Sums):
     """``Σ_bt h_bt g_btᵀ``, head by head, or its projections on the components.
 
     Attributes:
@@ -111,7 +145,7 @@ class CrossSums(_Sums):
 
 
 @dataclass
-class EffectSums(_Sums):
+class EffectSums(Sums):
     """Sums over examples of single effects ``e_b = Σ_t (c̄_t − c_bt) s_bt``, in nats.
 
     Attributes:

@@ -15,7 +15,6 @@ The paper's score is that magnitude, a mean over examples, which says how import
 Here it has the sign of the mean effect without GradDrop, so that a negative one predicts harm.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -40,14 +39,9 @@ Gradients = list[dict[int, Tensor]]  # by ∂z of each layer, for every backward
 
 
 def atp_star(
-    passes: Passes,
-    references: References,
-    batches: Sequence[Batch],
-    *,
-    correct: bool,
-    drop: bool,
-) -> Totals:
-    """Effects with either correction, summed over examples."""
+    passes: Passes, references: References, *, correct: bool, drop: bool
+) -> tuple[Totals, Totals]:
+    """Effects with either correction, summed over examples: without GradDrop, and magnitudes."""
     n_layers = len(passes.model.blocks)
     dropped: list[Hooks] = [()]
     if drop:
@@ -60,7 +54,7 @@ def atp_star(
         else:
             magnitude[name] += effect.abs().sum(0) / (n_layers - 1)
 
-    for batch in passes.bar(batches, "atp"):
+    for batch in passes.bar(references.batches, "atp"):
         moves = passes.moves(references, batch, references.swap(batch))
         attention = _Attention(passes, batch) if correct else None
         gradients: Gradients = []
@@ -93,9 +87,7 @@ def atp_star(
                 found = attention.effects(s, moves[s.name], gradients)
                 for number, effect in enumerate(found):
                     count(s.name, number, effect)
-    if not drop:
-        return signed
-    return {name: torch.sign(signed[name]) * magnitude[name] for name in signed}
+    return signed, magnitude
 
 
 def _without_layer(model: TransformerBridge, layer: int) -> Hooks:

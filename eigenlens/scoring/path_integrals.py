@@ -4,7 +4,6 @@ The nodes of a path are the midpoints of equal parts; the papers' right ends nee
 the same error.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from eigenlens.matrices import Site
 from eigenlens.metrics import answer_logits
 from eigenlens.passes import Activation, without_padding
 from eigenlens.position_means import PositionMeans
+from eigenlens.scoring.accumulators import ActivationSums, Collected
+from eigenlens.scoring.plan import Plan
 from eigenlens.scoring.references import References, Swap
 from eigenlens.scoring.running import Passes, Totals
 from eigenlens.spectra import freeze_coordinates
@@ -31,15 +32,18 @@ def midpoints(steps: int) -> list[float]:
 
 
 def eap_ig_inputs(
-    passes: Passes, references: References, batches: Sequence[Batch], steps: int
+    passes: Passes, references: References, *, steps: int, start: Tensor | None
 ) -> Totals:
-    """Slopes along the path of the input embeddings."""
+    """Slopes along the path of the input embeddings.
+
+    ``start`` is the beginning of the path by row of positions, where it is no other run of the
+    batch; zero for ``None``.
+    """
     total = passes.zeros()
-    embeddings = _Embeddings(passes.model, references, batches)
-    for batch in passes.bar(batches, "eap_ig_inputs"):
+    for batch in passes.bar(references.batches, "eap_ig_inputs"):
         swap = references.swap(batch)
         moves = passes.moves(references, batch, swap)
-        other = embeddings.other(batch, swap)
+        other = _start(passes.model, references, batch, swap, start)
 
         def add(
             site: Site,
@@ -60,12 +64,10 @@ def eap_ig_inputs(
     return total
 
 
-def eap_ig_activations(
-    passes: Passes, references: References, batches: Sequence[Batch], steps: int
-) -> Totals:
+def eap_ig_activations(passes: Passes, references: References, *, steps: int) -> Totals:
     """Slopes along the path of the coordinates of one matrix at a time."""
     total = passes.zeros()
-    for batch in passes.bar(batches, "eap_ig_activations"):
+    for batch in passes.bar(references.batches, "eap_ig_activations"):
         swap = references.swap(batch)
         moves = passes.moves(references, batch, swap)
         for name, s in passes.spectra.items():
@@ -96,47 +98,52 @@ def eap_ig_activations(
     return total
 
 
-class _Embeddings:
-    """What the input embeddings of a batch start from."""
+def embedding_sums(passes: Passes, references: References) -> Collected:
+    """A pass for the means of the input embeddings."""
+    positions = references.positions
+    sums: ActivationSums | None = None
+    for batch in passes.bar(references.batches, "embeddings"):
+        value = without_padding(_embeddings(passes.model, batch), batch)[:, :, None]
+        if sums is None:
+            sums = ActivationSums(value.new_zeros(len(positions) + 1, *value.shape[2:]))
+        sums.update(positions.of_batch(batch), value)
+    assert sums is not None
+    return {"embeddings": {_EMBEDDINGS: sums}}
 
-    def __init__(
-        self, model: TransformerBridge, references: References, batches: Sequence[Batch]
-    ) -> None:
-        self._model = model
-        self._references = references
-        self._table: Tensor | None = None
-        if not references.swaps and not references.is_zero:
-            self._table = self._means(batches)
 
-    def _of(self, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
-        seen: list[Tensor] = []
+def embedding_means(plan: Plan, found: Collected) -> Float[Tensor, "row d_model"]:
+    """Means of the input embeddings of all examples, by row of positions."""
+    sums = found["embeddings"][_EMBEDDINGS]
+    assert isinstance(sums, ActivationSums)
+    total = sums.total.flatten(1)
+    means = PositionMeans.from_sums(plan.positions, total, plan.positions.count(plan.batches))
+    return rearrange(torch.tensor(means.table()), "width row -> row width").to(total)
 
-        def keep(value: Tensor, hook: Any) -> None:
-            seen.append(value)
 
-        with torch.no_grad(), self._model.hooks(fwd_hooks=[(_EMBEDDINGS, keep)]):
-            answer_logits(self._model, batch)
-        return seen[0]
+def _embeddings(model: TransformerBridge, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
+    seen: list[Tensor] = []
 
-    def _means(self, batches: Sequence[Batch]) -> Tensor:
-        positions = self._references.positions
-        sums: Tensor | None = None
-        for batch in batches:
-            value = without_padding(self._of(batch), batch).sum(0)
-            if sums is None:
-                sums = value.new_zeros(len(positions) + 1, value.shape[-1])
-            sums.index_add_(0, positions.of_batch(batch).to(sums.device), value)
-        assert sums is not None
-        means = PositionMeans.from_sums(positions, sums, positions.count(batches))
-        return rearrange(torch.tensor(means.table()), "width row -> row width").to(sums)
+    def keep(value: Tensor, hook: Any) -> None:
+        seen.append(value)
 
-    def other(self, batch: Batch, swap: Swap | None) -> Float[Tensor, "#batch pos d_model"]:
-        """The beginning of the path."""
-        if swap is not None:
-            counterpart = self._references.counterpart(batch)
-            if counterpart is not None:
-                return self._of(counterpart)
-            return swap.of(_EMBEDDINGS, self._of(batch))
-        if self._table is None:
-            return torch.zeros_like(self._of(batch))
-        return self._table[self._references.positions.of_batch(batch).to(self._table.device)][None]
+    with torch.no_grad(), model.hooks(fwd_hooks=[(_EMBEDDINGS, keep)]):
+        answer_logits(model, batch)
+    return seen[0]
+
+
+def _start(
+    model: TransformerBridge,
+    references: References,
+    batch: Batch,
+    swap: Swap | None,
+    start: Float[Tensor, "row d_model"] | None,
+) -> Float[Tensor, "#batch pos d_model"]:
+    """The beginning of the path."""
+    if swap is not None:
+        counterpart = references.counterpart(batch)
+        if counterpart is not None:
+            return _embeddings(model, counterpart)
+        return swap.of(_EMBEDDINGS, _embeddings(model, batch))
+    if start is None:
+        return torch.zeros_like(_embeddings(model, batch))
+    return start[references.positions.of_batch(batch).to(start.device)][None]

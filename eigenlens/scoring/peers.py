@@ -17,38 +17,56 @@ All take ``δ_t = c̄_t − c_t``, how far the reference moves a coordinate, and
 Attribution patching itself is the criterion ``mean``.
 """
 
-from collections.abc import Sequence
+import torch
+from torch import Tensor
 
+from eigenlens.scoring.accumulators import Collected, ComponentSums
 from eigenlens.scoring.atp_star import atp_star
 from eigenlens.scoring.path_integrals import eap_ig_activations, eap_ig_inputs
 from eigenlens.scoring.references import References
 from eigenlens.scoring.running import Passes, Totals
-from eigenlens.tasks.batches import Batch
+
+_DROP = ("atp_drop", "atp_star")
 
 
 def check_peer(criterion: str, n_layers: int, steps: int) -> None:
     """Raise ``ValueError`` for what a criterion cannot be computed with."""
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1 is needed.")
-    if criterion in ("atp_drop", "atp_star") and n_layers < 2:
+    if criterion in _DROP and n_layers < 2:
         raise ValueError(
             f"criterion={criterion!r} leaves out one layer at a time, and this model has only one: "
             "use 'atp_qk' or 'mean'."
         )
 
 
-def peer_effects(
-    passes: Passes, references: References, batches: Sequence[Batch], criterion: str, steps: int
-) -> Totals:
-    """Scores summed over examples, in nats."""
+def peer_sums(
+    passes: Passes, references: References, *, criterion: str, steps: int, start: Tensor | None
+) -> Collected:
+    """What :func:`peer_effects` needs, summed over examples.
+
+    ``start`` is that of :func:`eigenlens.scoring.path_integrals.eap_ig_inputs`.
+    """
+    magnitude: Totals = {}
     if criterion == "eap_ig_inputs":
-        return eap_ig_inputs(passes, references, batches, steps)
-    if criterion == "eap_ig_activations":
-        return eap_ig_activations(passes, references, batches, steps)
-    return atp_star(
-        passes,
-        references,
-        batches,
-        correct=criterion in ("atp_qk", "atp_star"),
-        drop=criterion in ("atp_drop", "atp_star"),
+        signed = eap_ig_inputs(passes, references, steps=steps, start=start)
+    elif criterion == "eap_ig_activations":
+        signed = eap_ig_activations(passes, references, steps=steps)
+    else:
+        correct, drop = criterion in ("atp_qk", "atp_star"), criterion in _DROP
+        signed, magnitude = atp_star(passes, references, correct=correct, drop=drop)
+    return {
+        what: {name: ComponentSums(total) for name, total in totals.items()}
+        for what, totals in (("signed", signed), ("magnitude", magnitude))
+    }
+
+
+def peer_effects(found: Collected, criterion: str) -> Totals:
+    """Scores summed over examples, in nats."""
+    signed, magnitude = (
+        {name: one.total for name, one in found[what].items() if isinstance(one, ComponentSums)}
+        for what in ("signed", "magnitude")
     )
+    if criterion not in _DROP:
+        return signed
+    return {name: torch.sign(signed[name]) * magnitude[name] for name in signed}

@@ -5,7 +5,7 @@ With ``resample`` it is the coordinate of another example of the batch, with ``p
 counterpart of the example itself (:mod:`eigenlens.tasks.pairs`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,8 +25,9 @@ from eigenlens.passes import (
     widened,
     without_padding,
 )
-from eigenlens.position_means import PositionMeans, Positions
-from eigenlens.scoring.accumulators import ActivationSums
+from eigenlens.position_means import PositionMeans
+from eigenlens.scoring.accumulators import ActivationSums, Sums
+from eigenlens.scoring.plan import Plan
 from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch
 
@@ -55,57 +56,35 @@ class Swap:
 
 
 class References:
-    """The references of one scoring run, and the sums that means are made of."""
+    """The references of some examples, and the sums that means are made of.
+
+    Attributes:
+        sums: of the activations, where the means are not known yet.
+    """
 
     def __init__(
-        self,
-        model: TransformerBridge,
-        spectra: Spectra,
-        batches: Sequence[Batch],
-        pairs: Sequence[Batch] | None,
-        reference: str,
-        positions: Positions,
-        given: PositionMeans | None,
-        seed: int,
-        finite: FiniteCheck,
+        self, model: TransformerBridge, spectra: Spectra, plan: Plan, finite: FiniteCheck
     ) -> None:
-        """``pairs`` are the counterparts of ``batches`` where the reference is ``pair``."""
-        self.positions = positions
+        self.batches = plan.batches
+        self.positions = plan.positions
         self._model = model
         self._spectra = spectra
-        self._batches = batches
-        self._pairs = dict(zip(map(id, batches), pairs or (), strict=False))
-        self._reference = reference
-        self._given = given
-        self._generator = torch.Generator().manual_seed(seed)
+        self._pairs = dict(zip(map(id, plan.batches), plan.pairs or (), strict=False))
+        self._rolls = dict(zip(map(id, plan.batches), plan.rolls or (), strict=False))
+        self._means = plan.means
         self._finite = finite
-        self._sums = self.empty_sums()
+        self.sums = self.empty_sums() if plan.means is None else {}
 
     def empty_sums(self) -> dict[str, ActivationSums]:
         """A row for each position that has one of its own, and one for the others."""
         n_rows = len(self.positions) + 1
         return {name: ActivationSums.zeros(s, n_rows) for name, s in self._spectra.items()}
 
-    @property
-    def swaps(self) -> bool:
-        """Whether another run takes an activation's place, and not one value."""
-        return self._reference in ("resample", "pair")
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether the inputs of maps count as zero."""
-        return self._reference == "zero"
-
-    @property
-    def need_a_pass(self) -> bool:
-        """Whether means come from the data."""
-        return self._given is None and self._reference != "zero"
-
     def add(self, site: Site, batch: Batch, h: Activation) -> None:
         """Add what the site was seen to hold, or its counterpart did, to the means."""
-        if self._given is None:
+        if self.sums:
             rows = self.positions.of_batch(batch)
-            self._sums[site.name].update(rows, without_padding(h, batch))
+            self.sums[site.name].update(rows, without_padding(h, batch))
 
     def run(self, batch: Batch) -> None:
         """A forward pass of a batch, or of its counterpart, for the means alone."""
@@ -123,13 +102,13 @@ class References:
 
     def swap(self, batch: Batch) -> Swap | None:
         """The other run of a batch; ``None`` where a value takes the place of coordinates."""
-        if self._reference == "resample":
-            step = int(torch.randint(1, len(batch), (), generator=self._generator))
-            partner = torch.arange(len(batch), device=batch.tokens.device).roll(step)
+        roll = self._rolls.get(id(batch))
+        if roll is not None:
+            partner = torch.arange(len(batch), device=batch.tokens.device).roll(roll)
             return Swap(batch, partner=partner)
-        if self._reference != "pair":
+        other = self._pairs.get(id(batch))
+        if other is None:
             return None
-        other = self._pairs[id(batch)]
         return Swap(batch, held=activations(self._model, self.sites, other, self._finite))
 
     def counterpart(self, batch: Batch) -> Batch | None:
@@ -137,24 +116,10 @@ class References:
         return self._pairs.get(id(batch))
 
     @cached_property
-    def means(self) -> PositionMeans:
-        """What freezing puts in place of each coordinate, once the sums are complete."""
-        if self._given is not None:
-            return self._given
-        if self._reference == "zero":
-            zero = [zero_coordinates(self._model, s).flatten() for s in self._spectra.values()]
-            return PositionMeans.constant(torch.cat([z.cpu() for z in zero]).numpy())
-        total = [
-            s.coordinates(self._sums[name].total).flatten(1).cpu()
-            for name, s in self._spectra.items()
-        ]
-        count = self.positions.count(self._batches).cpu()
-        return PositionMeans.from_sums(self.positions, torch.cat(total, dim=1), count)
-
-    @cached_property
     def values(self) -> dict[str, Float[Tensor, "row _ _"]]:
         """The means by row of positions, where their directions are."""
-        return split_table(self._spectra, torch.tensor(self.means.table()))
+        assert self._means is not None
+        return split_table(self._spectra, torch.tensor(self._means.table()))
 
     def coordinates(
         self, s: Spectrum, batch: Batch, swap: Swap | None, h: Activation
@@ -163,6 +128,23 @@ class References:
         if swap is not None:
             return s.coordinates(swap.of(s.name, h).to(s.dtype))
         return self.values[s.name][self.positions.of_batch(batch).to(s.device)][None]
+
+
+def zero_means(model: TransformerBridge, spectra: Spectra) -> PositionMeans:
+    """The coordinates that maps have at input zero."""
+    zero = [zero_coordinates(model, s).flatten() for s in spectra.values()]
+    return PositionMeans.constant(torch.cat([z.cpu() for z in zero]).numpy())
+
+
+def means_of_sums(spectra: Spectra, plan: Plan, sums: Mapping[str, Sums]) -> PositionMeans:
+    """The means of coordinates from the sums of activations over all examples."""
+    total = []
+    for name, s in spectra.items():
+        one = sums[name]
+        assert isinstance(one, ActivationSums)
+        total.append(s.coordinates(one.total).flatten(1).cpu())
+    count = plan.positions.count(plan.batches).cpu()
+    return PositionMeans.from_sums(plan.positions, torch.cat(total, dim=1), count)
 
 
 def split_table(

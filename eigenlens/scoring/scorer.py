@@ -15,6 +15,9 @@ Source: Eigenpruning (arXiv 2404.03147), section 3; attribution patching (Nanda,
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,15 +28,21 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.inputs import check_data
-from eigenlens.matrices import Site
 from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_loss, check_eval_mode
-from eigenlens.passes import Activation, FiniteCheck, without_padding
 from eigenlens.position_means import PositionMeans, Positions
-from eigenlens.scoring.accumulators import CrossSums, EffectSums, spread
-from eigenlens.scoring.peers import check_peer, peer_effects
-from eigenlens.scoring.references import References, Swap
-from eigenlens.scoring.running import Passes
+from eigenlens.scoring.accumulators import (
+    ActivationSums,
+    Collected,
+    CrossSums,
+    EffectSums,
+    merged,
+    spread,
+)
+from eigenlens.scoring.path_integrals import embedding_means, embedding_sums
+from eigenlens.scoring.peers import check_peer, peer_effects, peer_sums
+from eigenlens.scoring.plan import Plan
+from eigenlens.scoring.references import means_of_sums, split_table, zero_means
 from eigenlens.scoring.scores import (
     CRITERIA,
     PEERS,
@@ -42,9 +51,10 @@ from eigenlens.scoring.scores import (
     Reference,
     Scores,
 )
+from eigenlens.scoring.shards import InTurn, Job, Shards, Work
+from eigenlens.scoring.summing import mean_sums, single_sums, streaming_sums
 from eigenlens.spectra import COMPONENT, Spectra
-from eigenlens.tasks.batches import Batch, make_batches
-from eigenlens.tasks.pairs import paired
+from eigenlens.tasks.batches import Batch
 
 _BY_POSITION = ("max", "max_everywhere", "position_fisher")
 Statistics = dict[str, list[Float[Tensor, "_ _"]]]  # [head, k] of each matrix
@@ -65,6 +75,7 @@ def score(
     batch_size: int = 50,
     memory_gb: float | None = None,
     seed: int = 0,
+    shards: int | Shards = 1,
     progress: bool = True,
 ) -> Scores:
     """Score the effect of freezing every component on a metric.
@@ -99,6 +110,9 @@ def score(
         batch_size: examples per pass.
         memory_gb: room for sums of outer products; by default a quarter of what is free.
         seed: of the resampling.
+        shards: in how many parts the examples are read, one after the other, whose sums are then
+            merged; or whoever reads the parts (:class:`eigenlens.scoring.shards.Shards`). Parts are
+            of whole batches, so there are no more of them than batches.
         progress: show a progress bar.
 
     Raises:
@@ -106,8 +120,8 @@ def score(
             training mode or with other weights than ``spectra``; ``means`` of other components; an
             empty or untokenisable data set; prompts longer than the context; ``resample`` with a
             batch of one; ``pair`` with an example that has no counterpart of as many tokens;
-            ``steps`` below 1; ``atp_drop`` and ``atp_star`` of one layer; NaN or infinite
-            activations.
+            ``steps`` or ``shards`` below 1; ``atp_drop`` and ``atp_star`` of one layer; NaN or
+            infinite activations.
     """
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("reference", reference, REFERENCES)
@@ -118,22 +132,15 @@ def score(
     if means is not None:
         _check_components(means, spectra)
     smallest = 2 if reference == "resample" else 1
+    where = InTurn(shards) if isinstance(shards, int) else shards
 
     def passes(size: int) -> tuple[dict[str, np.ndarray], PositionMeans]:
-        batches = make_batches(data, model, size, smallest=smallest)
-        pairs = paired(batches, data, model) if reference == "pair" else None
-        positions = Positions.of(batches, n_positions)
-        if means is not None:
-            positions = means.means.positions
-        elif reference in ("shared", "zero"):
-            positions = Positions()
         given = None if means is None else means.means
-        finite = FiniteCheck()
-        references = References(
-            model, spectra, batches, pairs, reference, positions, given, seed, finite
-        )
-        here = Passes(model, spectra, metric, finite, progress)
-        run = _Scorer(here, batches, references, finite)
+        options: dict[str, Any] = {"batch_size": size, "n_positions": n_positions, "seed": seed}
+        plan = Plan.of(data, model, reference, given, **options)
+        if plan.means is None and reference == "zero":
+            plan = replace(plan, means=zero_means(model, spectra))
+        run = _Scorer(model, spectra, plan, metric, where, progress)
         if criterion == "grad_activation":
             statistics = run.streaming(memory_gb, to_zero=True)
         elif criterion in PEERS:
@@ -142,7 +149,7 @@ def score(
             statistics = run.streaming(memory_gb)
         else:
             statistics = run.per_example(criterion)
-        return _columns(statistics), references.means
+        return _columns(statistics), run.means
 
     columns, found = fitting(model, "score", min(batch_size, len(data)), passes, smallest=smallest)
     return Scores.made_of(
@@ -202,17 +209,36 @@ def has_room(spectra: Spectra, memory_gb: float | None) -> bool:
 
 
 class _Scorer:
-    """One scoring run: the batches, what takes a coordinate's place, and the sums per matrix."""
+    """One scoring run: its passes over the shards, and what follows from their sums."""
 
     def __init__(
-        self, passes: Passes, batches: list[Batch], references: References, finite: FiniteCheck
+        self,
+        model: TransformerBridge,
+        spectra: Spectra,
+        plan: Plan,
+        metric: Metric,
+        shards: Shards,
+        progress: bool,
     ) -> None:
-        self.passes = passes
-        self.batches = batches
-        self.references = references
-        self.finite = finite
-        self.spectra = passes.spectra
-        self.n_examples = sum(len(batch) for batch in batches)
+        self.model = model
+        self.spectra = spectra
+        self.plan = plan
+        self.metric = metric
+        self.shards = shards
+        self.progress = progress
+
+    @property
+    def means(self) -> PositionMeans:
+        """What freezing puts in place of coordinates, once it is known."""
+        assert self.plan.means is not None
+        return self.plan.means
+
+    def sums(self, name: str, work: Work) -> Collected:
+        """A pass over all examples."""
+        parts = self.plan.parts(self.shards.count)
+        jobs = [Job(name, part, self.metric, work) for part in parts]
+        found = self.shards.sums(self.model, self.spectra, jobs, progress=self.progress)
+        return merged(found)
 
     def streaming(self, memory_gb: float | None, *, to_zero: bool = False) -> Statistics:
         """Mean effects from one forward and one backward pass per batch.
@@ -220,82 +246,40 @@ class _Scorer:
         ``to_zero``: of a coordinate that becomes zero, whatever takes its place when it is frozen.
         """
         whole = has_room(self.spectra, memory_gb)
-        cross = {name: CrossSums.zeros(s, whole=whole) for name, s in self.spectra.items()}
-        slopes = self.references.empty_sums()
-        for batch in self.passes.bar(self.batches, "score"):
-            rows = self.references.positions.of_batch(batch)
-            swap = self.references.swap(batch)
-
-            def add(
-                site: Site,
-                h: Activation,
-                g: Activation,
-                values: Tensor,
-                rows: Tensor = rows,
-                batch: Batch = batch,
-                swap: Swap | None = swap,
-            ) -> None:
-                g = without_padding(g, batch)
-                other = None if swap is None else swap.of(site.name, h)
-                # Of pairs, it is the counterparts whose means take the place.
-                paired = swap is not None and swap.held is not None
-                self.references.add(site, batch, other if paired and other is not None else h)
-                if other is not None and not to_zero:
-                    h = h - other
-                h = without_padding(h, batch)
-                slopes[site.name].update(rows, g)
-                cross[site.name].update(self.spectra[site.name], h, g)
-
-            self.passes.differentiate(batch, add)
-        self.finite.check()
-        no_value = self.references.swaps or to_zero
+        found = self.sums("score", partial(streaming_sums, whole=whole, to_zero=to_zero))
+        self._know_means(found)
+        swaps = self.plan.reference in ("resample", "pair")
+        values = split_table(self.spectra, torch.tensor(self.means.table()))
         effects = []
         for name, s in self.spectra.items():
-            total = -cross[name].on(s)
-            if not no_value:
-                total = total + (self.references.values[name] * s.slopes(slopes[name].total)).sum(0)
-            effects.append(total / self.n_examples)
+            cross, slopes = found["cross"][name], found["slopes"][name]
+            assert isinstance(cross, CrossSums)
+            assert isinstance(slopes, ActivationSums)
+            total = -cross.on(s)
+            if not (swaps or to_zero):
+                total = total + (values[name] * s.slopes(slopes.total)).sum(0)
+            effects.append(total / self.plan.n_examples)
         return {"estimate" if to_zero else "effect": effects}
 
     def mean_pass(self) -> None:
         """A forward pass for the means that single effects are measured against."""
-        if self.references.need_a_pass:
-            for batch in self.passes.bar(self.batches, "means"):
-                self.references.run(batch)
-        self.finite.check()
+        if self.plan.means is None:
+            self._know_means(self.sums("means", mean_sums))
+
+    def _know_means(self, found: Collected) -> None:
+        if self.plan.means is None:
+            means = means_of_sums(self.spectra, self.plan, found["means"])
+            self.plan = replace(self.plan, means=means)
 
     def per_example(self, criterion: str) -> Statistics:
         """Mean, spread and worst of single effects; takes a forward pass for the means first."""
         self.mean_pass()
         by_position = criterion in _BY_POSITION
-        axis = Positions.of(self.batches, self.references.positions.n_positions)
+        axis = Positions.of(self.plan.batches, self.plan.positions.n_positions)
         varies = self._varying(criterion, axis) if by_position else None
-        sums = {
-            name: EffectSums.zeros(s, by_position=by_position) for name, s in self.spectra.items()
-        }
-        for batch in self.passes.bar(self.batches, "score"):
-            swap = self.references.swap(batch)
-            here = batch.attention_mask
-            if varies is not None:
-                here = here & varies[axis.of_batch(batch)]
-
-            def add(
-                site: Site,
-                h: Activation,
-                g: Activation,
-                values: Tensor,
-                batch: Batch = batch,
-                swap: Swap | None = swap,
-                here: Tensor = here,
-            ) -> None:
-                s = self.spectra[site.name]
-                other = self.references.coordinates(s, batch, swap, h)
-                effect = (other - s.coordinates(h.to(s.dtype))).mul_(s.slopes(g.to(s.dtype)))
-                sums[site.name].update(without_padding(effect, batch), here, values)
-
-            self.passes.differentiate(batch, add)
-        self.finite.check()
-        n, found = self.n_examples, list(sums.values())
+        sums = self.sums("score", partial(single_sums, axis=axis, varies=varies))
+        n = self.plan.n_examples
+        found = [one for one in sums["effects"].values() if isinstance(one, EffectSums)]
         statistics: Statistics = {
             "effect": [m.total / n for m in found],
             "std": [spread(m.total, m.square, n) for m in found],
@@ -312,14 +296,17 @@ class _Scorer:
     def by_peer(self, criterion: str, steps: int) -> Statistics:
         """Scores of other methods (:mod:`eigenlens.scoring.peers`)."""
         self.mean_pass()
-        found = peer_effects(self.passes, self.references, self.batches, criterion, steps)
-        self.finite.check()
-        return {"estimate": [found[name] / self.n_examples for name in self.spectra]}
+        start = None
+        if criterion == "eap_ig_inputs" and self.plan.reference in ("mean", "shared"):
+            start = embedding_means(self.plan, self.sums("embeddings", embedding_sums))
+        work = partial(peer_sums, criterion=criterion, steps=steps, start=start)
+        found = peer_effects(self.sums(criterion, work), criterion)
+        return {"estimate": [found[name] / self.plan.n_examples for name in self.spectra]}
 
     def _varying(self, criterion: str, axis: Positions) -> Bool[Tensor, " row"]:
-        varies = varying_positions(self.batches, axis)
+        varies = varying_positions(self.plan.batches, axis)
         if criterion == "max_everywhere":
             varies[:] = True
         if not varies.any():
             raise ValueError("All examples have the same prompt: no activation varies.")
-        return varies.to(self.batches[0].tokens.device)
+        return varies.to(self.plan.batches[0].tokens.device)
