@@ -197,15 +197,47 @@ def faithfulness_curve(
     Raises:
         ValueError: a share outside [0, 1]; nothing kept and all kept give the same metric.
     """
-    shares = sorted({0.0, 1.0, *kept})
-    if shares[0] < 0 or shares[-1] > 1:
+    if min(kept, default=0) < 0 or max(kept, default=1) > 1:
         raise ValueError(f"kept={tuple(kept)}: shares lie in [0, 1].")
     order = np.argsort(scores.delta_loss if values is None else values, kind="stable")
+    n_frozen = [len(order) - round(share * len(order)) for share in kept]
+    sets = [FrozenSet.from_scores(scores, np.sort(order[:n])) for n in n_frozen]
+    return faithfulness_of(model, scores, sets, data, metric=metric, batch_size=batch_size)
+
+
+def faithfulness_of(
+    model: TransformerBridge,
+    scores: Scores,
+    sets: Sequence[FrozenSet],
+    data: Dataset,
+    *,
+    metric: Metric = answer_loss,
+    batch_size: int = 50,
+) -> pd.DataFrame:
+    """Normalised faithfulness of what each set does not freeze, from the least to the most kept.
+
+    Args:
+        model: in eval mode, unedited.
+        scores: of the model, with all components.
+        sets: components to freeze; none and all are added.
+        data: examples to measure on.
+        metric: a number per example, averaged.
+        batch_size: examples per pass.
+
+    Returns:
+        Columns ``kept`` (share of the components), ``metric`` and ``faithfulness``.
+
+    Raises:
+        ValueError: nothing kept and all kept give the same metric.
+    """
+    n = len(scores)
+    by_size = {size: FrozenSet.from_scores(scores, np.arange(size)) for size in (0, n)}
+    ordered = [by_size[n], *(s for s in sets if 0 < len(s) < n), by_size[0]]
+    ordered.sort(key=len, reverse=True)
     batches = make_batches(data, model, batch_size)
     measured = []
-    for share in shares:
-        rows = np.sort(order[: len(order) - round(share * len(order))])
-        with torch.no_grad(), freeze(model, FrozenSet.from_scores(scores, rows)):
+    for frozen in ordered:
+        with torch.no_grad(), freeze(model, frozen):
             sums = [metric(precise(answer_logits(model, b)), b).sum() for b in batches]
         measured.append(float(torch.stack(sums).sum()) / len(data))
     span = measured[-1] - measured[0]
@@ -213,7 +245,7 @@ def faithfulness_curve(
         raise ValueError("Keeping nothing and keeping all give the same metric.")
     return pd.DataFrame(
         {
-            "kept": shares,
+            "kept": [(n - len(frozen)) / n for frozen in ordered],
             "metric": measured,
             "faithfulness": [(value - measured[0]) / span for value in measured],
         }

@@ -111,6 +111,15 @@ class FrozenSet:
         """Columns ``layer, matrix, head, index, strength``."""
         return self.components.copy()
 
+    def kept(self, scores: Scores) -> pd.DataFrame:
+        """The components of ``scores`` that this set leaves alone, with their scores.
+
+        What :func:`eigenlens.learned` with ``keep=True`` found: the task's own components.
+        """
+        known = pd.MultiIndex.from_frame(scores.components[COMPONENT])
+        mine = known.isin(pd.MultiIndex.from_frame(self.components[COMPONENT]))
+        return scores.to_pandas()[~mine].reset_index(drop=True)
+
     def _repr_html_(self) -> str:
         by_matrix = self.components.pivot_table(
             index="layer", columns="matrix", values="index", aggfunc="count", fill_value=0

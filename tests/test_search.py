@@ -32,9 +32,9 @@ from eigenlens.tasks import make_batches, tokenising
 SMALL = {"batch_size": 60, "progress": False}
 
 
-def learn(*data, protect=None, checkpoint=None, **options):
+def learn(*data, protect=None, checkpoint=None, keep=False, **options):
     config = LearnedConfig(batch_size=SMALL["batch_size"], **options)
-    return learned(*data, config, protect=protect, checkpoint=checkpoint, progress=False)
+    return learned(*data, config, keep=keep, protect=protect, checkpoint=checkpoint, progress=False)
 
 
 def guard(*data, protect=None, checkpoint=None, **options):
@@ -335,6 +335,7 @@ def run_search(name, arith, **more):
         return guard(*data, step=8, steps=3, **more)
     if "hard" in name:
         more["relax"] = "hard_concrete"
+    more["keep"] = name == "kept"
     return learn(*data, steps=25, every=5, attenuate="attenuated" in name, **more)
 
 
@@ -348,6 +349,7 @@ def run_search(name, arith, **more):
             for name in (
                 "guarded",
                 "attenuated",
+                "kept",
                 "hard concrete",
                 "protected guarded",
                 "protected learned",

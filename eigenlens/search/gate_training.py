@@ -28,12 +28,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.evaluation import Evaluation, preference
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.gates import Gates, faster_products
+from eigenlens.metrics import answer_loss
 from eigenlens.provenance import keeping_weights
 from eigenlens.scoring import Scores
 from eigenlens.search.foretelling import foretold
 from eigenlens.search.protection import Protection
 from eigenlens.search.relaxation import RelaxationName, relaxation
 from eigenlens.search.result import Checkpoint, SearchResult, best_step, look, trace_row
+from eigenlens.search.sufficiency import Sufficiency
 from eigenlens.tasks.batches import Batch, make_batches
 
 _SHARPNESS_FROZEN, _SHARPNESS_ATTENUATED = 100.0, 10.0
@@ -103,11 +105,17 @@ def learned(
     validation: Dataset,
     config: LearnedConfig | None = None,
     *,
+    keep: bool = False,
     protect: Protection | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> SearchResult:
     """Train gates on the task, and return the best ones on validation.
+
+    With ``keep``, what is looked for is not what harms the task but what suffices for it: the
+    smallest set of components that keeps the model's own answers, right or wrong, when all others
+    are frozen. The result freezes these others; what it keeps is
+    :meth:`eigenlens.FrozenSet.kept`.
 
     Args:
         model: in eval mode.
@@ -115,25 +123,39 @@ def learned(
         train: examples to train the gates on.
         validation: examples to choose the stopping point on.
         config: options.
+        keep: train on ``KL(unedited ‖ edited)`` over the answers, with ``sparsity`` the price of
+            keeping all components. Gates start as ``start`` says: hardly anything is frozen.
+            ``dropout`` and ``candidates``, which would keep components at random or for good, are
+            not used.
         protect: data that the edit must leave as they are: gates cost what freezing is predicted to
             do to them, and only steps within the bound may be chosen.
         checkpoint: file that keeps the state after every look; a killed search goes on from it.
         progress: show a progress bar with validation loss and accuracy.
 
     Raises:
-        ValueError: scores without directions; a checkpoint of another search.
+        ValueError: scores without directions; a checkpoint of another search; ``keep`` with
+            ``attenuate`` or ``protect``.
     """
     config = config or LearnedConfig()
+    if keep and (config.attenuate or protect is not None):
+        raise ValueError(
+            "keep=True freezes all that the task can do without: it takes neither attenuate=True, "
+            "which decides about nothing, nor protect=, since the edit is for this task alone."
+        )
     scores = scores.on(model)
     options = {"method": "learned", **config.model_dump(), "sharpness": config.final_sharpness}
+    options |= {"keep": True} if keep else {}
     kept = Checkpoint(checkpoint, scores, train, validation, options, protect)
     saved = kept.load()
     harm, shift = _harm(scores, protect, saved, progress)
     scores = replace(scores, means=scores.means.shifted(shift.numpy()))
     prices = config.sparsity / len(scores) + harm
+    enough = None
+    if keep:
+        enough = Sufficiency(model, train, validation, config.sparsity, config.batch_size)
     with Gates(model, scores) as gates:
-        run = _Training(gates, scores, train, config, protect, prices)
-        search = _Search(model, run, validation, config, protect)
+        run = _Training(gates, scores, train, config, protect, prices, enough)
+        search = _Search(model, run, validation, config, protect, enough)
         search.resume(saved)
         bar = tqdm(range(search.done + 1, config.steps + 1), desc="learned", disable=not progress)
         losses: list[Tensor] = []
@@ -149,9 +171,11 @@ def learned(
             kept.save({**tensors, "harm": harm, "shift": shift}, numbers)
             bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.1%}")
     frozen = gated(scores, search.best)
-    name = "learned (attenuated)" if config.attenuate else "learned (frozen)"
+    how = "kept" if keep else "attenuated" if config.attenuate else "frozen"
     table = best_step(search.trace, protect.bound if protect else math.inf)
-    return SearchResult(name, frozen, table, *([protect.table(frozen)] if protect else []))
+    return SearchResult(
+        f"learned ({how})", frozen, table, *([protect.table(frozen)] if protect else [])
+    )
 
 
 def _harm(
@@ -191,15 +215,19 @@ class _Training:
         config: LearnedConfig,
         protect: Protection | None,
         prices: Float[Tensor, " component"],
+        enough: Sufficiency | None,
     ) -> None:
         self.gates = gates
         self.config = config
         self._train = train
         self._protect = protect
+        self._enough = enough
         first = math.log(config.start / (1 - config.start))
         rank = torch.tensor(scores.delta_loss).argsort().argsort().to(gates.z)
         rank = rank / max(1, len(scores) - 1)
-        self.s = (first + config.spread * (1 - 2 * rank)).requires_grad_()
+        s = first + config.spread * (1 - 2 * rank)
+        # With keep, s stands for what is kept, which has the price: gates are what is left of 1.
+        self.s = (s if enough is None else -s).requires_grad_()
         self.mean_s = self.s.detach().clone()
         self._relaxation = relaxation(config.relax, config.final_sharpness)
         self._prices = prices.to(self.mean_s)
@@ -208,7 +236,8 @@ class _Training:
 
     def strength(self, step: int) -> Float[Tensor, " component"]:
         """The gates to measure at a step, of the averaged s."""
-        return self._relaxation.strength(self._shut(self.mean_s), self._done(step))
+        found = self._relaxation.strength(self._shut(self.mean_s), self._done(step))
+        return found if self._enough is None else 1 - found
 
     def _shut(self, s: Float[Tensor, " component"]) -> Float[Tensor, " component"]:
         """The same for candidates; the gates of all others are shut for good, at no price."""
@@ -223,20 +252,25 @@ class _Training:
         done, random = self._done(step), self._generator(step)
         with torch.enable_grad():
             s = self._shut(self.s)
-            z = self._kept(random) * self._relaxation.sample(s, done, random)
-            openness = self._relaxation.price(s, z, done)
+            if self._enough is None:
+                z = self._kept(random) * self._relaxation.sample(s, done, random)
+                priced = self._relaxation.price(s, z, done)
+            else:
+                kept = self._relaxation.sample(s, done, random)
+                z, priced = 1 - kept, self._relaxation.price(s, kept, done)
         self.gates.z = z.detach()
+        metric = answer_loss if self._enough is None else self._enough.divergence
         with faster_products():
-            losses, slope = self.gates.gradient(batch)
+            losses, slope = self.gates.gradient(batch, metric)
             slope = slope / len(batch)
             if self._protect is not None:
                 slope = slope + self._protect.slope(self.gates, step)
         self.s.grad = None
-        torch.autograd.backward([z, openness], [slope, self._prices])
+        torch.autograd.backward([z, priced], [slope, self._prices])
         self.adam.param_groups[0]["lr"] = self.config.lr * self._decay(step)
         self.adam.step()
         self.mean_s.lerp_(self.s.detach(), 1 - self.config.averaging)
-        if step == math.ceil(_ALL_UNTIL * self.config.steps):
+        if self._enough is None and step == math.ceil(_ALL_UNTIL * self.config.steps):
             self._narrow(self._most_open())
         return losses.mean()
 
@@ -272,7 +306,8 @@ class _Training:
         epoch, part = divmod(step - 1, per_epoch)
         rng = np.random.default_rng([self.config.seed, epoch])
         rows = rng.permutation(len(self._train))[part * size : (part + 1) * size]
-        return make_batches(self._train.select(rows), self.gates.model, size)[0]
+        batch = make_batches(self._train.select(rows), self.gates.model, size)[0]
+        return replace(batch, indices=rows[batch.indices].tolist())
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a resumed training needs."""
@@ -301,16 +336,18 @@ class _Search:
         validation: Dataset,
         config: LearnedConfig,
         protect: Protection | None,
+        enough: Sufficiency | None,
     ) -> None:
         self._model = model
         self._run = run
         self._validation = validation
         self._config = config
         self._protect = protect
+        self._enough = enough
         self.done = 0
         self.trace: list[dict[str, Any]] = []
         self.best = torch.zeros_like(run.gates.z)
-        self._best_found: tuple[float, ...] = (-1.0,)
+        self._best_found: tuple[float, ...] = (-math.inf,)
         self.looks_since_best = 0
 
     def look(self, step: int, train_loss: float | None) -> Evaluation:
@@ -323,8 +360,11 @@ class _Search:
         found = look(self._model, self._validation, self._config.batch_size)
         n_open = int((z > 0).sum())
         rank = preference(found.accuracy, found.loss, n_open)
-        better, allowed = rank > self._best_found, True
         more: dict[str, Any] = {"train_loss": train_loss, "mean_gate": float(z.mean())}
+        if self._enough is not None:
+            more |= self._enough.look(1 - n_open / len(z))
+            rank = (-more["objective"],)
+        better, allowed = rank > self._best_found, True
         if self._protect is not None:
             # A pass over protected data takes longer than the look itself.
             harm = self._protect.measure() if better and n_open else {}

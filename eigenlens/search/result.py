@@ -31,8 +31,8 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        method: ``one_shot``, ``iterative``, ``guarded``, ``learned (frozen)`` or
-            ``learned (attenuated)``.
+        method: ``one_shot``, ``iterative``, ``guarded``, ``learned (frozen)``,
+            ``learned (attenuated)`` or ``learned (kept)``.
         frozen: the best set on validation.
         trace: one row per step: components edited, losses and accuracy; ``chosen`` marks the step
             that ``frozen`` is from.
@@ -93,6 +93,9 @@ def trace_row(step: int, components: int, found: Evaluation, **more: Any) -> dic
 def best_step(trace: list[dict[str, Any]], bound: float = math.inf) -> pd.DataFrame:
     """The trace as a table whose ``chosen`` marks its best row, of equal ones the first.
 
+    Where the search has an ``objective``, the best is the lowest, otherwise as
+    :func:`eigenlens.evaluation.preference` says.
+
     Args:
         trace: rows of :func:`trace_row`.
         bound: most ``divergence`` of the chosen row, where that is a column; the first row, which
@@ -103,6 +106,8 @@ def best_step(trace: list[dict[str, Any]], bound: float = math.inf) -> pd.DataFr
     if "divergence" in table:  # NaN where it was not measured
         allowed = table["divergence"].to_numpy(float) <= bound
         allowed[0] = True
+    if "objective" in table:
+        return table.assign(chosen=np.arange(len(table)) == table["objective"].argmin())
     columns = ["validation_accuracy", "validation_loss", "components"]
     ranks = [preference(*row) for row in table[columns].itertuples(index=False)]
     best = max(np.flatnonzero(allowed).tolist(), key=lambda row: ranks[row])
