@@ -144,13 +144,15 @@ def export(
 ) -> None:
     """Write an edit as a model or an adapter that loads without a TransformerBridge."""
     with clear_errors():
-        from eigenlens.export.bake import bake
+        from eigenlens.export.bake import bake, baked_model
         from eigenlens.export.loading import load_plain
         from eigenlens.export.lora import to_lora
+        from eigenlens.export.refusals import check_export
 
         if task is not None and to is not Form.bake:
             raise ValueError(f"--task is for the model card of --to bake, not for --to {to}.")
         frozen = _frozen(edit, shared=shared)
+        check_export(frozen, to, out)
         name, kind = _source(frozen, model, dtype)
         plain, tokenizer = load_plain(name, kind, device)
         frozen.check_tokenizer(tokenizer)
@@ -164,6 +166,7 @@ def export(
             before = after = None
             if task is not None:
                 arguments = pairs(task_arg or [], "--task-arg")
+                baked_model(plain, frozen, allow_dtype=allow_dtype)  # refused before it is measured
                 before, after = _measured(
                     frozen, name, kind, device, task, arguments, allow_dtype=allow_dtype
                 )

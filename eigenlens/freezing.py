@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.far_side import zero_coordinates
-from eigenlens.frozen_set import FrozenSet
+from eigenlens.frozen_set import FrozenSet, check_frozen
 from eigenlens.position_means import Positions
 from eigenlens.positions import PositionTracker, add_hook, attach_tracker
 from eigenlens.spectra import Directions, by_matrix, freeze_coordinates, moved_coordinates
@@ -89,6 +89,7 @@ class Edit(ABC):
     _hint: str
 
     def __init__(self, model: nn.Module, frozen: FrozenSet) -> None:
+        check_frozen(frozen)
         self._model = model
         self._frozen = frozen
         self._undo: list[Callable[[], None]] = []

@@ -61,6 +61,13 @@ class FrozenSet:
             raise ValueError("Every strength must lie in (0, 1]; leave out what is not frozen.")
         if self.components.duplicated(COMPONENT).any():
             raise ValueError("A component is listed twice.")
+        if len(self.means) != len(self.components):
+            raise ValueError(
+                f"There are means of {len(self.means)} components for {len(self.components)}: take "
+                "the same rows of both."
+            )
+        if not (np.isfinite(self.means.fallback).all() and np.isfinite(self.means.values).all()):
+            raise ValueError("A mean is NaN or infinite: calibrate on finite activations.")
 
     def __len__(self) -> int:
         return len(self.components)
@@ -164,7 +171,14 @@ class FrozenSet:
 
     def _directions(self) -> Mapping[str, Directions]:
         if self.directions is not None or self.spectra is None:
-            return self.directions or {}
+            own = self.directions or {}
+            for name, rows in by_matrix(self.components).items():
+                if name not in own or own[name].n_components != len(rows):
+                    raise ValueError(
+                        f"The directions that this set holds in {name} are not those of its "
+                        "components: leave them out with dataclasses.replace(…, directions=None)."
+                    )
+            return own
         head, index = (self.components[name].to_numpy() for name in ("head", "index"))
         return {
             name: self.spectra[name].subset(head[rows], index[rows])
@@ -296,3 +310,12 @@ class FrozenSet:
                 f"This FrozenSet was made for {self.provenance.model!r} with a tokenizer whose "
                 "tokens have other ids than those of the one at hand: load that model's own."
             )
+
+
+def check_frozen(frozen: object) -> None:
+    """Raise ``ValueError`` for what is no ``FrozenSet``, such as the path of its file."""
+    if not isinstance(frozen, FrozenSet):
+        raise ValueError(
+            f"The edit is a {type(frozen).__name__} and no FrozenSet: give what select or a search "
+            "returns, or FrozenSet.load(path)."
+        )

@@ -84,6 +84,12 @@ class Directions:
         assert self.read is not None
         return self.read.device
 
+    @property
+    def n_components(self) -> int:
+        """How many coordinates of each head there are."""
+        assert self.read is not None
+        return self.read.shape[2]
+
     def to(self: D, device: torch.device | str) -> D:
         """The same directions on another device."""
         if self.device == torch.device(device):
@@ -181,7 +187,18 @@ class Spectrum(Directions):
         return moved if moved is self else replace(moved, sigma=self.sigma.to(device))
 
     def subset(self, head: np.ndarray, index: np.ndarray) -> Directions:
-        """Some components as directions in the space of all heads side by side."""
+        """Some components as directions in the space of all heads side by side.
+
+        Raises:
+            ValueError: there is no such component.
+        """
+        n_heads, k = self.sigma.shape
+        beyond = (head < 0) | (head >= n_heads) | (index < 0) | (index >= k)
+        if beyond.any():
+            raise ValueError(
+                f"{self.name} has {n_heads} heads of {k} components, and no component "
+                f"{index[beyond][0]} of a head {head[beyond][0]}: this belongs to another model."
+            )
         heads, places = (torch.tensor(part, device=self.device) for part in (head, index))
         flat = replace(self.site, n_heads=1, width=self.site.n_heads * self.site.width)
         read = self._scattered(None if self.read is None else self.read.mT, heads, places)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eigenlens.export.plain import Place, bridge_around, place_of, places
 from eigenlens.freezing import Edit, SiteEdit, site_edits
-from eigenlens.frozen_set import FrozenSet
+from eigenlens.frozen_set import FrozenSet, check_frozen
 from eigenlens.positions import PositionTracker
 
 
@@ -45,6 +45,7 @@ def attach(
         ValueError: no plain model of transformers.
         UnsupportedModelError: TransformerLens has no bridge for it.
     """
+    check_frozen(frozen)
     if tokenizer is not None:
         frozen.check_tokenizer(tokenizer)
     return Attachment(model, frozen, allow_dtype=allow_dtype).apply()

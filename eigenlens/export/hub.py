@@ -9,6 +9,7 @@ from huggingface_hub.errors import HTTPError
 
 from eigenlens.evaluation import Evaluation
 from eigenlens.export.card import edit_card
+from eigenlens.folders import checked_folder
 from eigenlens.frozen_set import FrozenSet
 
 FILE = "frozen.safetensors"
@@ -58,7 +59,9 @@ def pull(repo: str, folder: Path, *, revision: str | None = None) -> Path:
     Raises:
         HubError: the Hub has no such edit, or does not answer.
         FileFormatError: the file is no edit.
+        ValueError: the folder is a file.
     """
+    checked_folder(folder)
     with _clear(repo):
         path = Path(hf_hub_download(repo, FILE, revision=revision, local_dir=folder))
     FrozenSet.load(path)

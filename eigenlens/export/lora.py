@@ -11,7 +11,8 @@ import re
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from eigenlens.export.low_rank import adapter_changes, check_shared
+from eigenlens.export.low_rank import low_rank_changes
+from eigenlens.export.refusals import check_export, check_not_base
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models.peft_adapters import import_peft, write_adapter
 
@@ -34,12 +35,13 @@ def to_lora(
     Raises:
         PositionBiasError: means by position.
         ImportError: peft is not installed.
-        ValueError: nothing is frozen.
         WrongModelError, UnsupportedModelError: as :func:`eigenlens.attach`.
+        ValueError: as :func:`eigenlens.bake`.
     """
     peft = import_peft("Writing an adapter")
-    check_shared(frozen, "A LoRA adapter")
-    changes = adapter_changes(model, frozen, allow_dtype=allow_dtype)
+    out = check_export(frozen, "lora", folder)
+    check_not_base(model, out)
+    changes = low_rank_changes(model, frozen, allow_dtype=allow_dtype)
     ranks = {re.escape(path): change.down.shape[1] for path, change in changes.items()}
     biased = any(bool(change.bias.any()) for change in changes.values())
     tensors: dict[str, Tensor] = {}
@@ -61,4 +63,4 @@ def to_lora(
         fan_in_fan_out=all(isinstance(model.get_submodule(path), Conv1D) for path in changes),
         inference_mode=True,
     )
-    write_adapter(config, tensors, folder)
+    write_adapter(config, tensors, out)

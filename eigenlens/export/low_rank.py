@@ -20,10 +20,6 @@ from eigenlens.export.plain import Place
 from eigenlens.frozen_set import FrozenSet
 
 
-class PositionBiasError(ValueError):
-    """Means by position, where only one bias for all positions can be expressed."""
-
-
 @dataclass(frozen=True)
 class LowRank:
     """``y' = y + (t + x D) U`` of one module.
@@ -62,28 +58,6 @@ def low_rank_changes(
     for edit in plain_edits(model, frozen, allow_dtype=allow_dtype):
         parts.setdefault(edit.place.module, []).append(_change(model, edit))
     return {path: _together(own) for path, own in parts.items()}
-
-
-def adapter_changes(
-    model: nn.Module, frozen: FrozenSet, *, allow_dtype: bool = False
-) -> dict[str, LowRank]:
-    """As :func:`low_rank_changes`, for an adapter, which has to change something.
-
-    Raises:
-        ValueError: nothing is frozen.
-    """
-    if not len(frozen):
-        raise ValueError("This edit freezes nothing: there is no adapter to write.")
-    return low_rank_changes(model, frozen, allow_dtype=allow_dtype)
-
-
-def check_shared(frozen: FrozenSet, what: str) -> None:
-    """Raise :class:`PositionBiasError` unless one mean serves all positions."""
-    if not frozen.means.is_shared:
-        raise PositionBiasError(
-            f"{what} has one bias for all positions, and this edit has means by position: give "
-            "frozen.shared(), or better search with reference='shared' from the start."
-        )
 
 
 def _change(model: nn.Module, edit: PlainEdit) -> LowRank:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eigenlens.errors import MissingPackageError, reason
-from eigenlens.files import FileFormatError, read_json
+from eigenlens.files import FileFormatError, read_json, write_text
+from eigenlens.folders import whole_folder
 from eigenlens.models.weight_files import check_file, check_folder, check_loaded, refuse_pickle
 from eigenlens.models.wording import listed
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -71,7 +72,7 @@ def merged_folder(folder: Path, base: str, dtype: torch.dtype) -> PreTrainedMode
     try:
         wrapped = peft.PeftModel(model, peft.PeftConfig.from_pretrained(folder))
         result = wrapped.load_adapter(folder, "default", torch_device="cpu")
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise FileFormatError(
             f"The adapter in {folder} does not fit its base model {base}: {reason(error)}"
         ) from error
@@ -145,13 +146,16 @@ def _without_adapter(base: str) -> Iterator[str]:
 
 
 def write_adapter(
-    config: Any, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]
+    config: Any, tensors: Mapping[str, Tensor], folder: Path, card: str | None = None
 ) -> None:
-    """Write a peft configuration and the tensors of its adapter, as peft names them."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(os.fspath(folder))
-    safetensors.torch.save_file(
-        {name: value.cpu().contiguous() for name, value in tensors.items()},
-        Path(folder) / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    """Write a peft configuration and the tensors of its adapter, as peft names them.
+
+    Raises:
+        UnwritableError: no room, or no right to write there.
+    """
+    with whole_folder(folder, CONFIG, "adapter_model*") as new:
+        config.save_pretrained(os.fspath(new))
+        contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        safetensors.torch.save_file(contiguous, new / WEIGHTS, metadata={"format": "pt"})
+        if card is not None:
+            write_text(new / "README.md", card)

@@ -8,10 +8,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from eigenlens.export.low_rank import PositionBiasError
+from eigenlens.export.refusals import PositionBiasError
 from eigenlens.export.weights import give_biases, linear_at
 from eigenlens.peft.config import EigenpruneAdapterConfig
 from eigenlens.peft.layer import EigenpruneLinear
+from eigenlens.peft.tensors import check_tensors
 from eigenlens.positions import PositionTracker, attach_tracker
 from eigenlens.provenance import same_when_rounded, tensor_hash
 
@@ -54,6 +55,25 @@ class EigenpruneModel(BaseTuner):
         layer.add(adapter_name, shape, peft_config.rows, inference=inference)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: EigenpruneAdapterConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Peft's own, of tensors that are all there: it would leave zeros for those that are not.
+
+        Raises:
+            FileFormatError: tensors are missing, unknown, of another shape, or no finite numbers.
+        """
+        check_tensors(config, state_dict)
+        found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        return found
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False

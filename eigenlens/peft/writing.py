@@ -6,12 +6,13 @@ import peft
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eigenlens.export.low_rank import adapter_changes
-from eigenlens.files import write_text
+from eigenlens.export.low_rank import low_rank_changes
+from eigenlens.export.refusals import check_export, check_not_base, check_not_empty
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models.peft_adapters import write_adapter
 from eigenlens.peft.config import EigenpruneAdapterConfig
 from eigenlens.peft.model import hashed_weight
+from eigenlens.peft.tensors import named_tensors
 from eigenlens.provenance import rounded_hashes
 
 _CARD = """---
@@ -50,15 +51,16 @@ def to_peft(
         allow_dtype: as for :func:`eigenlens.freeze`.
 
     Raises:
-        ValueError: nothing is frozen.
         WrongModelError, UnsupportedModelError: as :func:`eigenlens.attach`.
+        ValueError: as :func:`eigenlens.bake`.
     """
+    out = check_export(frozen, "peft", folder)
+    check_not_base(model, out)
     config, tensors = _adapter(model, frozen, allow_dtype)
-    write_adapter(config, {f"base_model.model.{name}": t for name, t in tensors.items()}, folder)
     card = _CARD.format(
         base=model.name_or_path, n=len(frozen), candidates=frozen.n_candidates, edit=frozen.edit
     )
-    write_text(os.path.join(folder, "README.md"), card)
+    write_adapter(config, tensors, out, card)
 
 
 def get_eigenpruned_model(
@@ -71,20 +73,21 @@ def get_eigenpruned_model(
     """A ``PeftModel`` around ``model`` with the edit as its adapter.
 
     Raises:
-        As :func:`to_peft`.
+        WrongModelError, UnsupportedModelError: as :func:`eigenlens.attach`.
+        ValueError: as :func:`eigenlens.attach`, or nothing is frozen.
     """
     config, tensors = _adapter(model, frozen, allow_dtype)
     wrapped = peft.get_peft_model(model, config, adapter_name)
-    named = {f"base_model.model.{name}": value for name, value in tensors.items()}
-    peft.set_peft_model_state_dict(wrapped, named, adapter_name)
+    peft.set_peft_model_state_dict(wrapped, tensors, adapter_name)
     return wrapped.eval()
 
 
 def _adapter(
     model: PreTrainedModel, frozen: FrozenSet, allow_dtype: bool
 ) -> tuple[EigenpruneAdapterConfig, dict[str, Tensor]]:
-    """Configuration and tensors, by the names of the plain model."""
-    changes = adapter_changes(model, frozen, allow_dtype=allow_dtype)
+    """Configuration and tensors."""
+    check_not_empty(frozen)
+    changes = low_rank_changes(model, frozen, allow_dtype=allow_dtype)
     rows = frozen.means.positions
     config = EigenpruneAdapterConfig(
         task_type="CAUSAL_LM",
@@ -97,8 +100,4 @@ def _adapter(
         positions=[rows.start, rows.stop, int(rows.bucketed)],
         inference_mode=True,
     )
-    tensors = {}
-    for path, c in changes.items():
-        for part, value in (("down", c.down), ("up", c.up), ("table", c.table)):
-            tensors[f"{path}.eigenprune_{part}"] = value
-    return config, tensors
+    return config, named_tensors(changes)

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from eigenlens.files import write_text
+from eigenlens.folders import checked_folder
 from eigenlens.tasks.sources import MissingDataError, data_folder, expanded
 from eigenlens.tasks.superglue import FORMATS, Format, official_file
 from eigenlens.tasks.text import wikitext
@@ -47,14 +48,14 @@ def write_harness_tasks(
 
     Raises:
         MissingDataError: no folder is named, or it lacks a file.
-        ValueError: a damaged text file.
+        ValueError: a damaged text file, or the folder is a file.
     """
     source = data_folder(None if data is None else expanded(data))
     if source is None:
         raise MissingDataError(
             "The harness reads local files: name their folder with data= or EIGENLENS_DATA."
         )
-    out = expanded(folder).absolute()
+    out = checked_folder(expanded(folder)).absolute()
     passages = out / "wikitext.jsonl"
     definitions = {
         name: _choice(form, official_file(source, name, "val")) for name, form in FORMATS.items()
