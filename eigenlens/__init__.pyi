@@ -8,11 +8,13 @@ from .activations import ActivationChange as ActivationChange
 from .activations import activation_change as activation_change
 from .circuits import Circuit as Circuit
 from .circuits import Examples as Examples
+from .circuits import Groups as Groups
 from .circuits import Readout as Readout
 from .circuits import circuit as circuit
 from .circuits import composition as composition
 from .circuits import cut_paths as cut_paths
 from .circuits import examples as examples
+from .circuits import groups as groups
 from .circuits import readout as readout
 from .decomposition import decompose as decompose
 from .evaluation import Comparison as Comparison

@@ -1,10 +1,10 @@
-"""Exact effects of single components: really freeze, really measure. The judge of all estimators.
+"""Exact effects: really freeze, really measure. The judge of all estimators.
 
-Many components share a forward pass: the blocks below a layer run once for a batch, whose rows are
-then repeated, and in every copy another component of that layer is frozen.
+Many single components share a forward pass: the blocks below a layer run once for a batch, whose
+rows are then repeated, and in every copy another component of that layer is frozen.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -19,10 +19,13 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.copies import MOST_ROWS, CopyEdit, tiled, tiled_beside
+from eigenlens.freezing import freeze
+from eigenlens.frozen_set import FrozenSet
 from eigenlens.inputs import check_data
 from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_logits, answer_loss, check_eval_mode, precise
 from eigenlens.passes import FiniteCheck, activations
+from eigenlens.provenance import keeping_weights
 from eigenlens.scoring import Scores
 from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch, make_batches
@@ -67,6 +70,53 @@ def exact_effects(
     return fitting(model, "exact", most, lambda size: run(batch_size, size, progress))
 
 
+@keeping_weights
+def joint_effects(
+    model: TransformerBridge,
+    sets: Sequence[FrozenSet],
+    data: Dataset,
+    *,
+    metric: Metric = answer_loss,
+    batch_size: int = 50,
+    progress: bool = True,
+) -> Float[np.ndarray, "set example"]:
+    """Change of the metric of every example when a whole set of components is really frozen.
+
+    Cost: a forward pass of ``data`` for each set, and one of the unedited model.
+
+    Args:
+        model: in eval mode, unedited.
+        sets: edits, one at a time.
+        data: examples to measure on.
+        metric: a number per example; the loss in nats by default.
+        batch_size: examples per pass.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: a model in training mode; a set of other weights.
+    """
+    check_eval_mode(model)
+    check_data(data)
+
+    def passes(size: int) -> Float[np.ndarray, "set example"]:
+        effects = np.empty((len(sets), len(data)))
+        batches = make_batches(data, model, size)
+        base = [_measured(model, batch, metric) for batch in batches]
+        for number, frozen in enumerate(tqdm(sets, desc="joint", disable=not progress)):
+            with freeze(model, frozen):
+                for batch, before in zip(batches, base, strict=True):
+                    change = _measured(model, batch, metric) - before
+                    effects[number, batch.indices] = change.cpu().double().numpy()
+        return effects
+
+    return fitting(model, "joint", min(batch_size, len(data)), passes)
+
+
+@torch.no_grad()
+def _measured(model: TransformerBridge, batch: Batch, metric: Metric) -> Float[Tensor, " batch"]:
+    return metric(precise(answer_logits(model, batch)), batch)
+
+
 def _exact(
     model: TransformerBridge,
     scores: Scores,
@@ -87,8 +137,7 @@ def _exact(
     bar = tqdm(total=len(rows) * len(batches), desc="exact", disable=not progress)
     for batch, pair in zip(batches, pairs, strict=True):
         goals = _Goals(model, spectra, scores, batch, pair)
-        with torch.no_grad():
-            base = metric(precise(answer_logits(model, batch)), batch)
+        base = _measured(model, batch, metric)
         for layer in np.unique(layers):
             members = np.flatnonzero(layers == layer)
             chunk = max(1, most // len(batch))

@@ -17,7 +17,7 @@ from datasets import Dataset
 from jaxtyping import Float
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.evaluation import evaluate
+from eigenlens.exact import joint_effects
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.metrics import Metric, answer_logits, answer_loss, precise
@@ -152,19 +152,16 @@ def set_effects(
     """
     keys = ["layer", "matrix", "head", "index"]
     known = scores.components[keys].assign(delta_loss=scores.delta_loss)
-    base = evaluate(model, data, batch_size=batch_size, choices=False, progress=False).loss
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": False}
+    real = joint_effects(model, list(sets.values()), data, **options).mean(1)
     rows = []
-    for name, frozen in sets.items():
+    for (name, frozen), effect in zip(sets.items(), real, strict=True):
         listed = frozen.to_pandas().merge(known, on=keys, how="left")
         if unknown := int(listed["delta_loss"].isna().sum()):
             raise ValueError(f"{name}: {unknown} of {len(frozen)} components have no score.")
-        with freeze(model, frozen):
-            real = (
-                evaluate(model, data, batch_size=batch_size, choices=False, progress=False).loss
-                - base
-            )
         predicted = float((listed["delta_loss"] * listed["strength"]).sum())
-        rows.append({"set": name, "components": len(frozen), "predicted": predicted, "real": real})
+        sizes = {"components": len(frozen), "predicted": predicted, "real": float(effect)}
+        rows.append({"set": name, **sizes})
     return pd.DataFrame(rows)
 
 

@@ -270,6 +270,32 @@ def test_passages_are_those_of_examples(finished, copy):
                 assert shown.split("\n") == expected
 
 
+def test_groups_are_those_of_groups(finished, page):
+    _, result = finished
+    model, task = pipeline.load_as(result.config)
+    train = task.train.select(range(50))
+    spectra = result.scores.spectra_on(model)
+    found = el.groups(model, spectra, result.frozen, train, singles=True, progress=False)
+    rows = page.ask(
+        "[...document.querySelectorAll('#table-groups tbody tr')]"
+        ".map(r => [...r.cells].map(c => c.textContent))"
+    )
+    for row, expected in zip(
+        sorted(rows, key=lambda r: int(r[0])), found.table.to_dict("records"), strict=True
+    ):
+        numbers = [
+            f"{expected[n]:+.3g}".replace("-", "−") for n in ("first_order", "single", "joint")
+        ]
+        assert row[:6] == [
+            str(expected["group"]),
+            str(expected["components"]),
+            expected["where"],
+            *numbers,
+        ]
+        assert row[7:] == [expected["reads"], expected["writes"]]
+    assert len(rows) == len(found) > 1
+
+
 def test_tokens_of_passages_stay_texts(copy, monkeypatch):
     nasty = "</td></script><script>document.title='run'</script><b>&amp;"
     look = inside.look_inside

@@ -183,6 +183,38 @@ def _one_summary(tokens: "_Tokens", node: Node, top: int) -> tuple[str, str, str
     return _joined(reads, 1), _joined(table, 1), _joined(table, -1)
 
 
+@torch.no_grad()
+def shared_tokens(
+    model: TransformerBridge, nodes: Nodes, weight: np.ndarray, top: int = 4
+) -> tuple[str, str]:
+    """Top tokens that several nodes read, and top tokens that they write.
+
+    The length over the nodes of their scores, each node's own at length one times its ``weight``:
+    signs, which are arbitrary, do not matter. What writes no tokens adds none.
+    """
+    tokens = _Tokens(model)
+    read: list[Tensor] = []
+    written: list[Tensor] = []
+    for node, share in zip(nodes, weight.tolist(), strict=True):
+        read += _scaled(list(tokens.reads(node).values()), share)
+        rows = write_rows(model, node).values()
+        written += _scaled([tokens.logits(through) for through in rows], share)
+    reads, writes = (
+        _joined(tokens.ends(torch.stack(found).norm(dim=0), top), 1) if found else ""
+        for found in (read, written)
+    )
+    return reads, writes
+
+
+def _scaled(scores: list[Tensor], length: float) -> list[Tensor]:
+    """Scores of a node, all of them together at this length; zeros stay."""
+    if not scores:
+        return []
+    whole = torch.stack(scores)
+    tiny = torch.finfo(whole.dtype).tiny
+    return list(whole * (length / whole.norm().clamp_min(tiny)))
+
+
 def _joined(table: pd.DataFrame, sign: int) -> str:
     return " ".join(table.loc[table["score"] * sign > 0, "token"])
 

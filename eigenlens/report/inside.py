@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.activations import ActivationChange, activation_change
-from eigenlens.circuits import Circuit, Examples, circuit
+from eigenlens.circuits import Circuit, Examples, Groups, circuit, groups
 from eigenlens.circuits.examples import examples_of
 from eigenlens.circuits.nodes import make_nodes, score_rows
 from eigenlens.config import EigenpruneConfig
@@ -27,6 +27,7 @@ MOST_FROZEN = 40
 MOST_TRACED = 50  # training examples
 MOST_COMPARED = 100  # test examples
 MOST_DESCRIBED = 200  # frozen components, besides those of the circuit
+MOST_GROUPED = 5000  # frozen components: the memory of their distances grows with the square
 MOST_READ = 200  # passages that components answer to
 _PASSAGES, _AROUND = 3, 8  # shown of either end, and tokens on either side
 
@@ -42,6 +43,7 @@ class Inside:
         examples: passages of ``text`` for the frozen components with the lowest scores and all of
             ``paths``, by node.
         text: what was read, in words.
+        groups: of all frozen components, on training examples; ``None`` if there are too many.
     """
 
     activations: ActivationChange
@@ -49,6 +51,7 @@ class Inside:
     shown: int
     examples: dict[str, Examples]
     text: str
+    groups: Groups | None
 
 
 def look_inside(
@@ -90,7 +93,7 @@ def look_inside(
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
     changed = activation_change(model, frozen, test, **options)
     if not len(frozen):
-        return Inside(changed, None, 0, {}, "")
+        return Inside(changed, None, 0, {}, "", None)
     spectra = result.scores.spectra_on(model)
     scores = replace(result.scores, spectra=spectra)
     strongest = _strongest(frozen, scores)
@@ -100,7 +103,11 @@ def look_inside(
     passages, what = _text(model, task, config, text)
     passages = passages.select(range(min(MOST_READ, len(passages))))
     found = examples_of(model, nodes, passages, top=_PASSAGES, around=_AROUND, **options)
-    return Inside(changed, paths, len(strongest), found, f"{len(passages)} {what}")
+    joined = None
+    if len(frozen) <= MOST_GROUPED and len(train) > 2:
+        singles = len(frozen) <= MOST_FROZEN  # a pass each
+        joined = groups(model, spectra, frozen, train, singles=singles, **options)
+    return Inside(changed, paths, len(strongest), found, f"{len(passages)} {what}", joined)
 
 
 def _text(

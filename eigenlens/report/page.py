@@ -1,6 +1,7 @@
 """The report: one HTML page that explains a run, without any request to a network."""
 
 import os
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def _render(
         spared=_spared(result.search.protected),
         against=_against(found),
         answers=_answers(found),
+        groups=_groups(found),
         cost=_cost(result.seconds),
         made_with=_made_with(metrics),
         most_rows=MOST_ROWS,
@@ -237,6 +239,34 @@ def _against(found: Inside | None) -> Table | None:
             "promotes": str,
             "suppresses": str,
         },
+    )
+
+
+def _groups(found: Inside | None) -> Table | None:
+    """What each group of frozen components does as a whole, and its members one by one."""
+    if found is None or found.groups is None:
+        return None
+    table = found.groups.table.rename(columns=lambda name: name.replace("_", " "))
+    formats: dict[str, str | Callable[[object], str]] = {
+        "group": "d",
+        "components": "d",
+        "where": str,
+        "first order": "+.3g",
+        "single": "+.3g",
+        "joint": "+.3g",
+        "stderr": ".1g",
+        "reads": str,
+        "writes": str,
+    }
+    if table["single"].isna().all():
+        del formats["single"]
+    return make_table(
+        table,
+        "Frozen components that act on the same examples, the group that lowers the loss most "
+        f"first, on {found.groups.n_examples} training examples: joint is the change of the loss "
+        "when a group is frozen as a whole, first order and single the sums over its members "
+        "taken one at a time, estimated and exact (nats per answer)",
+        formats,
     )
 
 
