@@ -19,7 +19,7 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
     digest = xxhash.xxh3_128(text.encode())
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.numel():
+        if tensor.numel() and not tensor.is_meta:  # a model on paper has no bytes
             flat = tensor.detach().cpu().contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -29,37 +29,56 @@ def bench(
         ),
     ] = None,
     chain: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Folder of a model: decompose, score, freeze, a step of learned and evaluate, "
-            "each timed with its peak memory.",
-            callback=expanded,
+            help="Folder or short name of a model: decompose, score, freeze, a step of learned and "
+            "evaluate, each timed with its peak memory."
         ),
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="What a chain will take, from shapes alone: of all that --make and --chain name."
+        ),
+    ] = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="The chain on a Llama-like model of 7 B on a GPU.")
+    ] = False,
     examples: Annotated[int, typer.Option(help="Of a chain: examples scored.", min=1)] = 50,
     tokens: Annotated[
         int | None, typer.Option(help="Of a chain: tokens of a prompt, at least.", min=1)
     ] = None,
+    devices: Annotated[
+        int, typer.Option(help="Of a plan: devices that share the layers.", min=1)
+    ] = 1,
     dtype: Annotated[
-        str, typer.Option(help="Of --make and --chain: float32 or bfloat16.")
+        str, typer.Option(help="Of weights that are made, planned or run: float32 or bfloat16.")
     ] = "float32",
     device: Annotated[str | None, typer.Option(help="Of a chain.")] = None,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="JSON file to write; folder of --make and --chain.", callback=expanded),
+        typer.Option(
+            help="JSON file to write; folder of --make, --chain and --gpu.", callback=expanded
+        ),
     ] = None,
 ) -> None:
     """Time a scoring pass against a training step, or make and time models of real sizes."""
     with clear_errors():
-        if make is not None and chain is not None:
-            raise ValueError("--make and --chain are two commands: give one of them.")
-        if (make is not None or chain is not None) and out is None:
-            raise ValueError("--make and --chain write into a folder: name it with --out.")
-        if make is not None and out is not None:
+        if sum((make is not None, chain is not None, plan is not None, gpu)) > 1:
+            raise ValueError("--make, --chain, --plan and --gpu are commands: give one of them.")
+        if out is None and (make is not None or chain is not None or gpu):
+            raise ValueError("--make, --chain and --gpu write into a folder: name it with --out.")
+        size: dict[str, Any] = {"examples": examples, "tokens": tokens}
+        size["batch_size"] = batch_size or 10
+        if plan is not None:
+            _plan(plan, dtype, devices, size, out)
+        elif out is not None and make is not None:
             _make(make, out, dtype, seed)
-        elif chain is not None and out is not None:
-            _chain(chain, out, dtype, device, examples, tokens, batch_size or 10)
+        elif out is not None and chain is not None:
+            _chain(chain, out, dtype, device, size)
+        elif out is not None and gpu:
+            _gpu(out, seed)
         else:
             _ratios(model, task_arg, batch_size or 50, repeats, out)
 
@@ -75,36 +94,65 @@ def _make(name: str, out: Path, dtype: str, seed: int) -> None:
     say(f"{'Written to' if made else 'Found whole in'} {out}")
 
 
-def _chain(
-    folder: Path,
-    out: Path,
-    dtype: str,
-    device: str | None,
-    examples: int,
-    tokens: int | None,
-    batch_size: int,
-) -> None:
+def _gpu(out: Path, seed: int) -> None:
+    """The chain of 7 B in bfloat16: 100 examples of 64 tokens."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "--gpu needs an NVIDIA GPU with 60 GB of memory and 25 GB of disk, and there is none "
+            "here; `eigenlens bench --plan llama-7b --dtype bfloat16 --examples 100 --tokens 64` "
+            "computes what it takes."
+        )
+    _make("llama-7b", out / "model", "bfloat16", seed)
+    size = {"examples": 100, "tokens": 64, "batch_size": 10}
+    _chain(str(out / "model"), out / "chain", "bfloat16", "cuda", size)
+
+
+def _chain(name: str, out: Path, dtype: str, device: str | None, size: dict[str, Any]) -> None:
     from eigenlens.bench.chain import chain
+    from eigenlens.bench.configurations import model_folder
     from eigenlens.bench.stages import ChainConfig
 
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds no model: `eigenlens bench --make gpt2-xl --out {folder}`."
-        )
-    config = ChainConfig(
-        model=str(folder.resolve()),
-        dtype=dtype,
-        device=device,
-        examples=examples,
-        tokens=tokens,
-        batch_size=batch_size,
-    )
-    found = chain(config, out)
+    folder = model_folder(name)
+    if folder is None:
+        raise ValueError(f"{name} is no model here: `eigenlens bench --make gpt2-xl --out FOLDER`.")
+    found = chain(ChainConfig(model=str(folder), dtype=dtype, device=device, **size), out)
     table = Table("stage", "seconds", "loading", "peak (MB)", "above the loaded model (MB)")
     for stage in found["stages"]:
         table.add_row(*_cells(stage))
     console.print(table)
     say(f"Written to {out / 'chain.json'}")
+
+
+def _plan(name: str, dtype: str, devices: int, size: dict[str, Any], out: Path | None) -> None:
+    from transformers import AutoTokenizer
+
+    from eigenlens.bench.configurations import configuration, model_folder
+    from eigenlens.bench.plan import plan
+    from eigenlens.files import write_json
+    from eigenlens.models.checks import checked_dtype
+
+    resolved = checked_dtype(dtype)
+    assert resolved is not None
+    folder = model_folder(name)
+    words = None if folder is None else AutoTokenizer.from_pretrained(folder)
+    found = plan(configuration(name), dtype=resolved, tokenizer=words, **size)
+    parts = ("weights", "bases", "sums", "work")
+    on_each = f"on each of {devices} devices" if devices > 1 else "one device"
+    table = Table("stage", *(f"{part} (MB)" for part in parts), on_each, "process (MB)", "passes")
+    for stage in found.stages:
+        sizes = (_mb(getattr(stage, part)) for part in parts)
+        passes = f"{stage.forward_passes} forward, {stage.backward_passes} backward"
+        one, all_of_it = found.on_each(stage, devices), found.peak(stage.stage)
+        table.add_row(stage.stage, *sizes, _mb(one), _mb(all_of_it), passes)
+    console.print(table)
+    say(
+        f"{found.components:,} components, {found.tokens:,} tokens a batch. Python and libraries "
+        f"are {_mb(found.process)} MB of a process, as measured here; all else is computed."
+    )
+    if out is not None:
+        write_json(out, found.summary(devices))
 
 
 def _cells(stage: dict[str, Any]) -> tuple[str, ...]:
@@ -113,7 +161,7 @@ def _cells(stage: dict[str, Any]) -> tuple[str, ...]:
     return stage["stage"], *seconds, _mb(peak), _mb(stage["peak"] - stage["loaded"])
 
 
-def _mb(n_bytes: float) -> str:
+def _mb(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:,.0f}"
 
 

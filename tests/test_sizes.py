@@ -15,7 +15,7 @@ import eigenlens as el
 from eigenlens.bench import making, resident
 from eigenlens.bench.chain import chain
 from eigenlens.bench.configurations import CONFIGURATIONS, configuration
-from eigenlens.bench.making import byte_tokenizer, make_model, on_paper
+from eigenlens.bench.making import byte_tokenizer, laid_out, make_model
 from eigenlens.bench.stages import STAGES, ChainConfig, additions, run_stage
 from eigenlens.cli import app
 
@@ -37,7 +37,7 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_configurations_have_the_parameters_that_the_models_are_known_for(name):
-    model = on_paper(configuration(name), torch.bfloat16)
+    model = laid_out(configuration(name), torch.bfloat16)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == MILLIONS[name]
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
@@ -190,8 +190,10 @@ def test_the_command_makes_a_model_and_says_what_is_missing(tmp_path):
     for words, message in (
         (["--make", "gpt5", "--out", str(tmp_path / "x")], "There is no configuration 'gpt5'"),
         (["--make", "gpt2-xl"], "name it with --out"),
-        (["--chain", str(tmp_path / "no"), "--out", str(tmp_path / "x")], "holds no model"),
-        (["--make", "gpt2-xl", "--chain", "x", "--out", "x"], "two commands"),
+        (["--chain", str(tmp_path / "no"), "--out", str(tmp_path / "x")], "is no model here"),
+        (["--make", "gpt2-xl", "--chain", "x", "--out", "x"], "give one of them"),
+        (["--plan", "gpt5"], "There is no configuration 'gpt5'"),
+        (["--gpu"], "name it with --out"),
         (["--make", str(file), "--dtype", "int8", "--out", "x"], "no floating point type"),
     ):
         found = run(app, ["bench", *words])

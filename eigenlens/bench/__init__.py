@@ -3,5 +3,5 @@
 - :mod:`eigenlens.bench.ratios`: scoring and gates in units of a training step.
 - :mod:`eigenlens.bench.making`: models of real sizes with random weights.
 - :mod:`eigenlens.bench.chain`: time and memory of every stage on one of them.
-- :mod:`eigenlens.bench.growth`: how both grow with width, layers, tokens and examples.
+- :mod:`eigenlens.bench.plan`: the same from shapes alone.
 """

@@ -4,12 +4,15 @@ Sources: the ``config.json`` of openai-community/gpt2-xl, microsoft/phi-2, huggy
 meta-llama/Llama-2-70b on the Hugging Face Hub, and of what each is said to be in its paper.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from eigenlens.files import FileFormatError, read_json
+from eigenlens.models.known import KNOWN_MODELS, UnknownModelError, resolve
 
 _LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}
 
@@ -58,22 +61,35 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def configuration(name: str) -> PretrainedConfig:
-    """The configuration of that name, of a model's folder, or in a JSON file.
+    """The configuration of that name, of a model that is here, or in a JSON file.
 
     Raises:
         ValueError: nothing of the kind, or none that transformers knows.
     """
-    path = Path(name).expanduser()
     if name in CONFIGURATIONS:
         return _made(name, CONFIGURATIONS[name])
-    if path.is_dir():
-        path = path / "config.json"
+    path = Path(name).expanduser()
+    folder = model_folder(name)
+    if folder is not None:
+        path = folder / "config.json"
     if not path.is_file():
         raise ValueError(
-            f"There is no configuration {name!r}: give one of {', '.join(CONFIGURATIONS)}, the "
-            "folder of a model, or a JSON file such as its config.json."
+            f"There is no configuration {name!r}: give one of {', '.join(CONFIGURATIONS)}, a short "
+            "name of a model that is here, its folder, or a JSON file such as its config.json."
         )
     return _made(str(path), read_json(path))
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder of a model that is on this machine, by its path or short name."""
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path.resolve()
+    if name in KNOWN_MODELS:
+        with suppress(UnknownModelError):
+            found = Path(resolve(name))
+            return found if found.is_dir() else None
+    return None
 
 
 def _made(name: str, values: dict[str, Any]) -> PretrainedConfig:
@@ -84,5 +100,5 @@ def _made(name: str, values: dict[str, Any]) -> PretrainedConfig:
     try:
         rest = {key: value for key, value in values.items() if key != "model_type"}
         return AutoConfig.for_model(kind, **{**rest, **free})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise FileFormatError(f"{name} is no configuration of a model ({error}).") from error

@@ -61,7 +61,7 @@ def make_model(
         ValueError: the folder holds another model; a vocabulary too small for bytes.
         UnwritableError: no room, or no right to write there.
     """
-    model = on_paper(config, dtype)
+    model = laid_out(config, dtype)
     _check_vocabulary(config)
     key = text_hash([config.to_json_string(use_diff=True), str(dtype), seed, shard_bytes])
     if (folder / "config.json").is_file():
@@ -90,7 +90,7 @@ def make_model(
     return True
 
 
-def on_paper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def laid_out(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a configuration on the meta device: all of its shapes, and no memory."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -28,7 +28,7 @@ from eigenlens.selection import select
 from eigenlens.tasks import Task, load_task, make_batches
 from eigenlens.tasks.task import to_dataset
 
-_FRACTION = 0.01  # of the components, frozen
+FRACTION = 0.01  # of the components, frozen
 _SCORES, _FROZEN = "scores.parquet", "frozen.safetensors"
 
 
@@ -113,7 +113,7 @@ class Stage:
 
     def freeze(self) -> dict[str, Any]:
         """Select, write the edit, and put it on."""
-        frozen = select(self._scores(), _FRACTION)
+        frozen = select(self._scores(), FRACTION)
         frozen.save(self.out / _FROZEN, directions=True)
         with freeze(self.model, frozen):
             return {"frozen": len(frozen)}

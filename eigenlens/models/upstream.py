@@ -11,6 +11,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
 from transformer_lens.model_bridge.sources.transformers import helpers
+from transformer_lens.utilities import quantization
 from transformers import PretrainedConfig, PreTrainedModel
 
 from eigenlens.blocks import UnsupportedModelError
@@ -58,6 +59,17 @@ def no_installs() -> Iterator[None]:
         yield
     finally:
         helpers._ensure_torchvision = usual
+
+
+@contextmanager
+def weights_on_paper() -> Iterator[None]:
+    """Let TransformerLens cut joint weights that are on the meta device, which have no values."""
+    usual = quantization.unreadable_weight_reason
+    quantization.unreadable_weight_reason = lambda weight: None
+    try:
+        yield
+    finally:
+        quantization.unreadable_weight_reason = usual
 
 
 def mend_rotary_dtype(model: TransformerBridge) -> None:
