@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -131,3 +133,9 @@ def test_the_home_folder_in_variables(home, monkeypatch):
     monkeypatch.setenv("EIGENLENS_CACHE", "~/cache")
     assert data_folder(None) == home / "data"
     assert cache_dir() == home / "cache"
+
+
+def test_the_package_itself_is_the_command():
+    command = [sys.executable, "-m", "eigenlens", "tasks", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == json.loads(run_cli("tasks", "--json").stdout)
