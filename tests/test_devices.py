@@ -6,13 +6,15 @@ Nothing is made on the CPU and mixed with what lives elsewhere, and nothing wait
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import send_to_device
-from tiny_models import MIXED
+import transformers as tf
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from tiny_models import MIXED, word_tokenizer
 
 import eigenlens as el
 from eigenlens.exact import exact_effects
 from eigenlens.gates import Gates
 from eigenlens.refinement import integrated, refined
+from eigenlens.scoring.accumulators import CrossSums, EffectSums
 from eigenlens.search.gate_training import _Training
 from eigenlens.tasks import make_batches
 
@@ -25,7 +27,15 @@ def device(request, tiny_folder):
     # Imported here, since from then on the process knows another device.
     from fake_device import NAME, FakeDevice, on_devices
 
-    model = el.load_model(tiny_folder("llama"), device="cpu")
+    core = tf.AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
+    # What accelerate leaves on the modules of a device_map.
+    hooks = {
+        module: AlignDevicesHook(execution_device="cpu")
+        for module in (*core.model.layers, core.model.norm, core.lm_head)
+    }
+    for module, hook in hooks.items():
+        add_hook_to_module(module, hook)
+    model = el.load_model(core, word_tokenizer())
     late = torch.device(NAME if request.param == 1 else "cpu")
 
     def place(name):
@@ -33,23 +43,16 @@ def device(request, tiny_folder):
         last = name.split(".")[-2] == "norm" or "ln_final" in name
         return late if own or last else torch.device(NAME)
 
-    core = model.original_model
-    for module in (*core.model.layers, core.model.norm, core.lm_head):
-        module.register_forward_pre_hook(_moved, with_kwargs=True)
     task = el.load_task(
         "int_add", model.tokenizer, low=1, high=12, n_train=12, n_validation=6, n_test=6
     )
     # One thread: FakeTensorMode is not made for backward passes on two devices at once.
     with torch.autograd.set_multithreading_enabled(False), FakeDevice() as mode:
         on_devices(model, place)
+        for module, hook in hooks.items():
+            hook.execution_device = next(module.parameters()).device
         model.cfg.device = torch.device(NAME)
         yield model, task, mode
-
-
-def _moved(module, args, kwargs):
-    """What accelerate does for layers on several devices."""
-    own = next(module.parameters()).device
-    return send_to_device(args, own), send_to_device(kwargs, own)
 
 
 def spectra_of(model, basis="svd"):
@@ -66,6 +69,10 @@ def test_every_basis_scores_where_its_layers_are(device, basis):
     spectra = spectra_of(model, basis)
     for s in spectra.values():
         assert s.device == s.site.find(model).flat_weight.device
+        for sums in (CrossSums.zeros(s, whole=False), EffectSums.zeros(s, by_position=False)):
+            assert {value.device for value in vars(sums).values() if value is not None} == {
+                s.device
+            }
     for criterion, reference, memory in (
         ("mean", "mean", None),
         ("mean", "resample", 0.0),

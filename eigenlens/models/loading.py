@@ -23,6 +23,7 @@ from eigenlens.files import FileFormatError, cache_dir
 from eigenlens.models import peft_adapters
 from eigenlens.models.checks import check_finite, checked_device, checked_dtype
 from eigenlens.models.known import KNOWN_MODELS, UnknownModelError, resolve
+from eigenlens.models.placement import DeviceMap, check_device_map, check_in_memory
 from eigenlens.models.special_tokens import as_published, give_tokenizer
 from eigenlens.models.weight_files import check_folder
 from eigenlens.models.wording import headline
@@ -35,6 +36,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: DeviceMap | None = None,
     merge_adapter: bool = False,
 ) -> TransformerBridge:
     """Load a model for analysis.
@@ -49,6 +51,9 @@ def load_model(
             for a name, and what it has for a model in memory).
         device: where to run (default: CUDA if there is one, else the CPU, for a name; where it is
             for a model in memory).
+        device_map: where the modules of a named model go, layer by layer: ``auto``, ``balanced``
+            or ``sequential`` over the devices that are there, or their names and devices, as
+            accelerate takes them. Directions, sums and edits of a layer are where the layer is.
         merge_adapter: merge the adapter of peft that is found beside a base model, in place of one,
             or around a model in memory. Without this, adapters are refused.
 
@@ -57,9 +62,16 @@ def load_model(
         FileFormatError: files that are damaged, lack weights, or hold tensors of another model.
         UnsupportedModelError: a model that is not causal, or that TransformerLens cannot wrap.
         ValueError: the weights hold NaN or infinite values; ``dtype`` is no float type; ``device``
-            is not there; an adapter that was not asked for; a model in memory without tokenizer.
+            is not there; an adapter that was not asked for; a model in memory without tokenizer;
+            a ``device_map`` for one, beside a ``device``, or that offloads layers to the disk.
     """
+    check_device_map(device_map, device)
     wanted, place = checked_dtype(dtype), checked_device(device)
+    if device_map is not None and (isinstance(model, nn.Module) or merge_adapter):
+        raise ValueError(
+            "device_map places a model as it is loaded by its name, without adapters: place one in "
+            "memory with accelerate.dispatch_model before it is handed in."
+        )
     if isinstance(model, TransformerBridge):
         return _from_bridge(model, tokenizer, wanted, place)
     if isinstance(model, nn.Module):
@@ -68,7 +80,7 @@ def load_model(
     try:
         adapter = _adapter(source, merge_adapter)
         if adapter is None:
-            bridge = _from_files(source, tokenizer, wanted or torch.float32, place)
+            bridge = _from_files(source, tokenizer, wanted or torch.float32, place, device_map)
         else:
             bridge = _from_adapter(adapter, tokenizer, wanted or torch.float32, place)
     except (OSError, SafetensorError) as error:
@@ -82,6 +94,7 @@ def _from_files(
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype,
     device: torch.device | None,
+    device_map: DeviceMap | None,
 ) -> TransformerBridge:
     if Path(source).is_dir():
         check_folder(Path(source))
@@ -89,7 +102,8 @@ def _from_files(
     words = deepcopy(tokenizer) if tokenizer is not None else _tokenizer(source)
     # What is in the cache, another process may write over; what is elsewhere belongs to the user.
     mapped = cache_dir() not in Path(source).parents
-    return wrap_files(source, words, dtype, device or torch.device(get_device()), mapped=mapped)
+    place = device_map or device or torch.device(get_device())
+    return wrap_files(source, words, dtype, place, mapped=mapped)
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -159,6 +173,7 @@ def _from_memory(
         raise ValueError("A model in memory needs its tokenizer: load_model(model, tokenizer).")
     if dtype is not None:
         _cast(model, dtype)
+    check_in_memory(model)
     bridge = wrap_model(model.to(device) if device else model, deepcopy(tokenizer))
     bridge.cfg.model_name = model.config.name_or_path or type(model).__name__
     return bridge
@@ -181,6 +196,7 @@ def _from_bridge(
         raise ValueError(f"A bridge keeps the type of its weights: make it with dtype={dtype}.")
     if device is not None:
         bridge.to(device, print_details=False)
+    check_in_memory(bridge)
     check_finite(bridge)
     return ready(bridge, published=tokenizer or as_published(bridge.tokenizer))
 

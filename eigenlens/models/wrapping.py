@@ -29,6 +29,7 @@ from eigenlens.models.checks import (
     probe,
 )
 from eigenlens.models.peft_adapters import has_adapter
+from eigenlens.models.placement import DeviceMap, check_in_memory
 from eigenlens.models.special_tokens import kept_as_is, note_special_tokens
 from eigenlens.models.upstream import (
     mend_experts_dtype,
@@ -91,7 +92,7 @@ def check_architecture(config: PretrainedConfig) -> None:
 class _Checkpoint:
     """Stands where TransformerLens expects a model class, to see what is loaded and how."""
 
-    def __init__(self, device: torch.device, mapped: bool) -> None:
+    def __init__(self, device: torch.device | None, mapped: bool) -> None:
         self._device = device
         self._mapped = mapped
         self.reference: Reference | None = None
@@ -110,7 +111,8 @@ class _Checkpoint:
         check_loaded(info, source, type(model).__name__)
         if has_adapter(model):
             raise ValueError(f"{source} holds a peft adapter: merge it with merge_adapter=True.")
-        self.reference = Reference.of(model.to(self._device))
+        check_in_memory(model)  # "auto" may have found too little room
+        self.reference = Reference.of(model if self._device is None else model.to(self._device))
         return model
 
 
@@ -118,7 +120,7 @@ def wrap_files(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | DeviceMap,
     *,
     mapped: bool = True,
 ) -> TransformerBridge:
@@ -128,7 +130,7 @@ def wrap_files(
         source: the folder, or the name of a model of the Hub.
         tokenizer: its own.
         dtype: of the weights.
-        device: where they go.
+        device: where they go, all or module by module.
         mapped: weights on the CPU may stay on the disk until they are read, which ends the process
             if their files are cut short meanwhile.
 
@@ -137,11 +139,13 @@ def wrap_files(
         UnsupportedModelError: it is not causal, or TransformerLens does not compute it rightly.
         ValueError: weights that are no numbers.
     """
-    checkpoint = _Checkpoint(device, mapped)
+    single = device if isinstance(device, torch.device) else None
+    checkpoint = _Checkpoint(single, mapped)
+    where = {"device": single} if single else {"device_map": device}
     with kept_as_is(tokenizer), no_installs():
         try:
             bridge = TransformerBridge.boot_transformers(
-                source, dtype=dtype, device=device, tokenizer=tokenizer, model_class=checkpoint
+                source, dtype=dtype, tokenizer=tokenizer, model_class=checkpoint, **where
             )
         except Exception as error:
             if checkpoint.reference is None:  # the files are to blame, not TransformerLens
