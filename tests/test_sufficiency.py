@@ -3,6 +3,7 @@
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers as tf
@@ -12,6 +13,7 @@ import eigenlens as el
 from eigenlens.faithfulness import faithfulness_curve, faithfulness_of
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.metrics import kl_to_unedited
+from eigenlens.paper.studies import known_circuit, sufficiency
 from eigenlens.search import LearnedConfig, Protection, learned
 
 PAIRS = [(1, 2), (9, 4), (7, 7), (3, 30), (5, 11), (8, 2)]
@@ -101,3 +103,67 @@ def test_a_curve_is_the_faithfulness_of_the_sets_that_it_freezes(tiny):
     found = faithfulness_of(model, scores, [lowest], MIXED)
     assert found["faithfulness"].tolist() == pytest.approx(curve["faithfulness"].tolist())
     assert found["kept"].tolist() == pytest.approx([0, 0.25, 1], abs=1 / len(scores))
+
+
+@pytest.fixture(scope="module")
+def arith():
+    model = el.load_model("arith-tiny", device="cpu")
+    task = el.load_task("int_add", model.tokenizer, high=20, n_train=100, n_test=40)
+    return model, task
+
+
+def test_nothing_but_a_known_circuit_does_anything(arith):
+    """Also the heads that are cut off, whose queries, keys and values are as large as ever."""
+    model, task = arith
+    spectra = el.decompose(model, progress=False)
+    idle = known_circuit.idle_components(spectra.components)
+    assert idle.sum() == 2 * 4 * 32  # of two layers, the four matrices of one head of 32
+    cut = idle & (spectra.components["matrix"] == "W_O").to_numpy()
+    part = np.random.default_rng(0).random(len(idle)) < 0.5
+    with known_circuit.only(spectra, np.where(idle, ~cut, part)).applied(model):
+        inside = el.decompose(model, progress=False)
+        options = {"reference": "zero", "progress": False}
+        scores = el.score(model, inside, task.train, criterion="mean", **options)
+        circuit = known_circuit.circuit_of(scores.components)
+        assert circuit.sum() == (part & ~idle).sum()
+        sigma = scores.components["sigma"].to_numpy()
+        assert np.median(sigma[idle & ~cut]) > np.median(sigma[circuit]) / 4
+        before = el.evaluate(model, task.test, progress=False)
+        with el.freeze(model, FrozenSet.from_scores(scores, np.flatnonzero(~circuit))):
+            after = el.evaluate(model, task.test, progress=False)
+        with el.freeze(model, FrozenSet.from_scores(scores, np.flatnonzero(circuit)[:20])):
+            other = el.evaluate(model, task.test, progress=False)
+    np.testing.assert_allclose(after.examples["loss"], before.examples["loss"], atol=1e-3)
+    assert not np.allclose(other.examples["loss"], before.examples["loss"], atol=1e-2)
+
+
+@pytest.mark.slow
+def test_a_known_circuit_is_found(arith):
+    model, task = arith
+    rankings = sufficiency.rankings_of
+    found = known_circuit.find_known_circuit(model, task, 50, rankings)
+    rows = pd.DataFrame(found).set_index("ranking")
+    assert rows.loc[sufficiency.LEARNED, "precision"] > 0.95
+    assert rows.loc[sufficiency.LEARNED, "recall"] > 0.9
+    assert rows.loc["random", "precision"] < 0.4
+
+
+def test_the_page_of_a_table_by_hand():
+    rows = [("margin", 0.1, 0.2), ("margin", 0.5, 0.95), ("margin", 0.8, 0.85)]
+    table = pd.DataFrame(
+        [
+            *({"ranking": n, "kept": k, "faithfulness": f} for n, k, f in rows),
+            {"ranking": sufficiency.LEARNED, "kept": 0.2, "faithfulness": 0.9, "price": 3.0},
+            {"ranking": sufficiency.LEARNED, "kept": 0.1, "faithfulness": 0.5, "price": 9.0},
+            {"ranking": sufficiency.LEARNED, "precision": 0.75, "recall": 0.5},
+        ]
+    ).assign(model="m", label="t", seed=0)
+    page = sufficiency.summary(table).set_index("kept by")
+    by_hand = 0.05 * 0.5 + 0.1 * 0.7 + 0.8 * 0.95
+    assert page.loc[sufficiency.LEARNED, "CPR"] == pytest.approx(by_hand, abs=1e-3)
+    assert page["kept for 0.9"].to_dict() == {"margin": "100.0%", sufficiency.LEARNED: "20.0%"}
+    assert page["precision"].to_dict() == {"margin": "", sufficiency.LEARNED: "75.0%"}
+    assert "20.0% for t, where the best ranking (margin) takes 100%" in sufficiency.text(table)
+    lines = {line.name: line for line in sufficiency.figure(table).data}
+    assert list(lines[sufficiency.LEARNED].x) == [0.1, 0.2, 1.0]
+    assert list(lines[sufficiency.LEARNED].y) == [0.5, 0.9, 1.0]

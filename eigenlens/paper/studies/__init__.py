@@ -15,6 +15,7 @@ from eigenlens.paper.studies import (
     peers,
     planted,
     searches,
+    sufficiency,
     suppressed,
     transfer,
 )
@@ -28,6 +29,7 @@ EXPERIMENTS: dict[str, Study] = {
     "peers": peers,
     "searches": searches,
     "gates": gates,
+    "sufficiency": sufficiency,
     "harm": harm,
     "constants": constants,
     "paper-table": paper_table,
