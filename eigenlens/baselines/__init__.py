@@ -4,6 +4,7 @@ from eigenlens.baselines.adapters import Ia3, Lora, Pissa
 from eigenlens.baselines.baseline import Baseline, FitResult, Search
 from eigenlens.baselines.bias import LastLayerBias
 from eigenlens.baselines.calibration import AveragedCalibration, LearnedCalibration
+from eigenlens.baselines.compact_adapters import Beft, Psoft, TinyLora, UniLora, Vera
 from eigenlens.baselines.edits import Edit, FrozenEdit, NoEdit, load_edit, measure
 from eigenlens.baselines.freezing_parts import FreezingPart
 from eigenlens.baselines.laser import GradientLaser, Laser
@@ -24,6 +25,7 @@ __all__ = [
     "KINDS",
     "AveragedCalibration",
     "Baseline",
+    "Beft",
     "Edit",
     "FewShot",
     "FitResult",
@@ -41,11 +43,15 @@ __all__ = [
     "OneShot",
     "OppositeSign",
     "Pissa",
+    "Psoft",
     "RandomBasis",
     "RandomComponents",
     "Search",
     "ShuffledLabels",
     "Svf",
+    "TinyLora",
+    "UniLora",
+    "Vera",
     "ZeroShot",
     "load_edit",
     "make_baseline",

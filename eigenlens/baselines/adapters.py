@@ -22,7 +22,7 @@ from eigenlens.baselines.edits import WeightEdit
 from eigenlens.baselines.training import Trainable, Trained, replaced
 from eigenlens.matrices import WeightMatrix, weight_matrices
 
-_ADAPTER = "default"
+ADAPTER = "default"
 
 
 class LowRankEdit(WeightEdit):
@@ -67,24 +67,33 @@ class Adapter(Trainable):
     """peft layers around linear maps."""
 
     def __init__(self, matrices: Sequence[WeightMatrix], config: Any, seed: int) -> None:
-        from peft import inject_adapter_in_model
+        from peft import get_peft_model
 
-        twins = nn.ModuleDict({_key(matrix): _twin(matrix.module) for matrix in matrices})
+        twins = nn.ModuleDict({adapter_key(m): self.twin(m.module) for m in matrices})
         with _quiet(), torch.random.fork_rng(devices=[]):
             # peft draws on the CPU. torch.manual_seed would seed every GPU, too, for good.
             torch.default_generator.manual_seed(seed)
-            inject_adapter_in_model(config, twins, _ADAPTER)
-        self.layers: dict[WeightMatrix, Any] = {m: twins[_key(m)] for m in matrices}
+            get_peft_model(twins, config, ADAPTER)
+        self.layers: dict[WeightMatrix, Any] = {m: twins[adapter_key(m)] for m in matrices}
         for parameter in self.parameters:
             # Adam's small steps would round to nothing in half precision.
             wide = torch.promote_types(parameter.dtype, torch.float32)
             parameter.data = parameter.data.to(wide)
 
+    @staticmethod
+    def twin(module: nn.Module) -> nn.Module:
+        """A copy that shares the values of weight and bias, but not the parameters that hold them.
+
+        PiSSA gives its base layer another weight: it must not be the model's.
+        """
+        kept = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+        return copy.deepcopy(module, memo=kept)
+
     @property
     def parameters(self) -> Sequence[Tensor]:
-        """What peft marked as trainable."""
-        layers = self.layers.values()
-        return [p for layer in layers for p in layer.parameters() if p.requires_grad]
+        """What peft marked as trainable; what layers share is there once."""
+        found = (p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad)
+        return list({id(parameter): parameter for parameter in found}.values())
 
     @property
     def n_trained(self) -> int:
@@ -125,7 +134,7 @@ class ScaleAdapter(Adapter):
         """The scales as they are now."""
         return ScaleEdit(
             {
-                f"{matrix.name}.{'in' if layer.is_feedforward else 'out'}": layer.ia3_l[_ADAPTER]
+                f"{matrix.name}.{'in' if layer.is_feedforward else 'out'}": layer.ia3_l[ADAPTER]
                 .detach()
                 .flatten()
                 .clone()
@@ -136,23 +145,14 @@ class ScaleAdapter(Adapter):
 
 def _factors(layer: Any) -> tuple[Float[Tensor, "all_in k"], Float[Tensor, "k all_out"]]:
     """``A`` and ``B`` of a layer in ``x @ W`` orientation, the scaling in the second."""
-    reads = layer.lora_A[_ADAPTER].weight.detach().T.clone()
-    writes = layer.lora_B[_ADAPTER].weight.detach().T * layer.scaling[_ADAPTER]
+    reads = layer.lora_A[ADAPTER].weight.detach().T.clone()
+    writes = layer.lora_B[ADAPTER].weight.detach().T * layer.scaling[ADAPTER]
     return reads, writes
 
 
-def _key(matrix: WeightMatrix) -> str:
+def adapter_key(matrix: WeightMatrix) -> str:
     """A name without dots, which a ``ModuleDict`` does not take."""
     return matrix.name.replace(".", "-")
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """A copy that shares the values of weight and bias, but not the parameters that hold them.
-
-    PiSSA gives its base layer another weight: it must not be the model's.
-    """
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
-    return copy.deepcopy(module, memo=shared)
 
 
 @contextmanager
@@ -160,7 +160,15 @@ def _quiet() -> Iterator[None]:
     """GPT-2 has maps of either layout; peft warns each time it finds the other, and handles it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        # BEFT says that it cannot be merged into a map without bias, and need not be.
+        warnings.filterwarnings("ignore", message="Detected that the base layer has no bias term")
         yield
+
+
+def no_float64(model: TransformerBridge, name: str) -> None:
+    """Raise ``ValueError`` for a float64 model."""
+    if next(model.parameters()).dtype == torch.float64:
+        raise ValueError(f"peft's {name} takes no float64: load the model with dtype='float32'.")
 
 
 @dataclass(frozen=True)
@@ -204,7 +212,7 @@ class Lora(Adapters):
             config = LoraConfig(
                 r=rank,
                 lora_alpha=self.alpha_per_rank * rank,
-                target_modules=[_key(matrix) for matrix in matrices],
+                target_modules=[adapter_key(matrix) for matrix in matrices],
                 init_lora_weights=self._start,
             )
             yield {"rank": rank}, LowRankAdapter(matrices, config, search.seed)
@@ -225,8 +233,7 @@ class Pissa(Lora):
         Raises:
             ValueError: a float64 model, which peft's PiSSA does not take.
         """
-        if next(search.model.parameters()).dtype == torch.float64:
-            raise ValueError("peft's PiSSA takes no float64: load the model with dtype='float32'.")
+        no_float64(search.model, self.name)
         super().find(search)
 
 
@@ -244,7 +251,9 @@ class Ia3(Adapters):
 
         matrices = weight_matrices(search.model, self.matrices)
         config = IA3Config(
-            target_modules=[_key(matrix) for matrix in matrices],
-            feedforward_modules=[_key(matrix) for matrix in matrices if matrix.kind == "W_out"],
+            target_modules=[adapter_key(matrix) for matrix in matrices],
+            feedforward_modules=[
+                adapter_key(matrix) for matrix in matrices if matrix.kind == "W_out"
+            ],
         )
         yield {}, ScaleAdapter(matrices, config, search.seed)

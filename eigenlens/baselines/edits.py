@@ -125,7 +125,9 @@ def adding(model: TransformerBridge, hook: str, bias: Float[Tensor, " width"]) -
     """Add ``bias`` to the activations at ``hook`` inside the block, differentiably."""
 
     def add(value: Tensor, hook: object) -> Tensor:
-        return value + bias.to(value)
+        return value + bias.to(value).view(
+            value.shape[2:]
+        )  # some hooks lie behind a split into heads
 
     with model.hooks(fwd_hooks=[(hook, add)]):
         yield

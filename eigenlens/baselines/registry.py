@@ -8,6 +8,7 @@ from eigenlens.baselines.adapters import Ia3, Lora, Pissa
 from eigenlens.baselines.baseline import Baseline
 from eigenlens.baselines.bias import LastLayerBias
 from eigenlens.baselines.calibration import AveragedCalibration, LearnedCalibration
+from eigenlens.baselines.compact_adapters import Beft, Psoft, TinyLora, UniLora, Vera
 from eigenlens.baselines.freezing_parts import FreezingPart
 from eigenlens.baselines.laser import GradientLaser, Laser
 from eigenlens.baselines.learned import Learned
@@ -42,6 +43,11 @@ KINDS: dict[str, type[Baseline]] = {
     "lora": Lora,
     "pissa": Pissa,
     "ia3": Ia3,
+    "vera": Vera,
+    "tinylora": TinyLora,
+    "unilora": UniLora,
+    "psoft": Psoft,
+    "beft": Beft,
 }
 
 
@@ -91,4 +97,9 @@ def standard_baselines() -> tuple[Baseline, ...]:
         Lora(),
         Pissa(),
         Ia3(),
+        Vera(),
+        TinyLora(),
+        UniLora(),
+        Psoft(),
+        Beft(),
     )
