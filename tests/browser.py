@@ -13,6 +13,7 @@ import pytest
 
 from eigenlens.plots.export import StaticExportError, find_browser
 
+_KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37}
 _DRAWN = "new Promise(r => setTimeout(() => requestAnimationFrame(r), 300))"
 
 
@@ -96,6 +97,27 @@ class Page:
             deviceScaleFactor=1,
             mobile=width < 500,
         )
+        self.ask(_DRAWN)
+
+    def click(self, element: str) -> None:
+        """Press the left button of the mouse on an element, given as a JavaScript expression."""
+        x, y = self.ask(
+            f"(e => {{ e.scrollIntoView({{block: 'center', inline: 'center'}});"
+            f" const b = e.getBoundingClientRect();"
+            f" return [b.x + b.width / 2, b.y + b.height / 2]; }})({element})"
+        )
+        for kind, button in (("Moved", "none"), ("Pressed", "left"), ("Released", "left")):
+            where = {"x": x, "y": y, "button": button, "clickCount": 1}
+            self.send("Input.dispatchMouseEvent", type=f"mouse{kind}", **where)
+            self.ask(_DRAWN)
+
+    def press(self, key: str) -> None:
+        """Press and release a key, such as ``Enter`` or ``ArrowRight``."""
+        code = _KEYS[key]
+        text = {"text": "\r"} if key == "Enter" else {}
+        named = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **named, **text)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **named)
         self.ask(_DRAWN)
 
     def ask(self, script: str) -> Any:

@@ -146,7 +146,7 @@ def reads_from(model: TransformerBridge, spectra: Spectra, reader: Node, top: in
     table = pd.concat(parts).sort_values("score", key=abs, ascending=False, kind="stable")
     table = table.head(top).reset_index(drop=True)
     names = [
-        node_name(spectra[name].site, *place)
+        node_name(spectra[name].site.layer, spectra[name].site.kind, *place)
         for name, *place in table[["name", "head", "first", "size"]].itertuples(index=False)
     ]
     return table.assign(writer=names)[["writer", "side", "score"]]

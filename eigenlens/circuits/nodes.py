@@ -103,10 +103,7 @@ def make_nodes(spectra: Spectra, components: pd.DataFrame) -> Nodes:
     members = members.assign(number=number).reset_index(drop=True)
     table = members.drop_duplicates("number", ignore_index=True)
     names = [
-        node_name(spectra[f"blocks.{layer}.{kind}"].site, head, first, size)
-        for layer, kind, head, first, size in table[[*COMPONENT, "block_size"]].itertuples(
-            index=False
-        )
+        node_name(*place) for place in table[[*COMPONENT, "block_size"]].itertuples(index=False)
     ]
     table = table.assign(node=names, size=table["block_size"])
     return Nodes(
@@ -134,11 +131,11 @@ def _unknown(spectra: Spectra, layer: int, kind: str, head: int, index: int) -> 
     )
 
 
-def node_name(site: Site, head: int, first: int, size: int = 1) -> str:
+def node_name(layer: int, kind: str, head: int, first: int, size: int = 1) -> str:
     """``L1.W_O[2,13]``: layer, matrix, head and index; MLP maps have no head."""
     index = f"{first}" if size == 1 else f"{first}–{first + size - 1}"
-    place = index if site.kind in MLP_KINDS else f"{head},{index}"
-    return f"L{site.layer}.{site.kind}[{place}]"
+    place = index if kind in MLP_KINDS else f"{head},{index}"
+    return f"L{layer}.{kind}[{place}]"
 
 
 def short_name(matrix: str) -> str:

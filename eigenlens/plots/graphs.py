@@ -187,6 +187,7 @@ def _markers(nodes: pd.DataFrame, frozen: bool, name: str) -> go.Scatter:
         textfont={"size": 12, "color": _KEPT if frozen else _FROZEN},
         hovertext=[_details(row) for row in nodes.to_dict("records")],
         hoverinfo="text",
+        customdata=nodes["node"],  # which the report's page asks for
         marker={
             "symbol": "circle",
             "size": 32,

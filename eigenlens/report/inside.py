@@ -12,6 +12,7 @@ from eigenlens.activations import ActivationChange, activation_change
 from eigenlens.circuits import Circuit, Examples, Groups, circuit, groups
 from eigenlens.circuits.examples import examples_of
 from eigenlens.circuits.nodes import make_nodes, score_rows
+from eigenlens.circuits.readout import token_summary
 from eigenlens.config import EigenpruneConfig
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.pipeline import EigenpruneResult, load_as
@@ -40,8 +41,10 @@ class Inside:
         activations: on test examples.
         paths: on training examples, as the scores are; ``None`` if nothing is frozen.
         shown: how many frozen components are in ``paths``: those with the largest scores.
-        examples: passages of ``text`` for the frozen components with the lowest scores and all of
-            ``paths``, by node.
+        nodes: the frozen components with the lowest scores and all nodes of ``paths``: columns
+            ``node, layer, matrix, head, index, size, sigma, strength, delta_loss``, the tokens that
+            each ``reads, promotes, suppresses``, and for those of ``paths`` its other columns.
+        examples: passages of ``text`` for each of them.
         text: what was read, in words.
         groups: of all frozen components, on training examples; ``None`` if there are too many.
     """
@@ -49,6 +52,7 @@ class Inside:
     activations: ActivationChange
     paths: Circuit | None
     shown: int
+    nodes: pd.DataFrame
     examples: dict[str, Examples]
     text: str
     groups: Groups | None
@@ -93,21 +97,22 @@ def look_inside(
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
     changed = activation_change(model, frozen, test, **options)
     if not len(frozen):
-        return Inside(changed, None, 0, {}, "", None)
+        return Inside(changed, None, 0, pd.DataFrame(), {}, "", None)
     spectra = result.scores.spectra_on(model)
     scores = replace(result.scores, spectra=spectra)
     strongest = _strongest(frozen, scores)
     paths = circuit(model, scores, train, strongest, **options)
-    described = pd.concat([_lowest(frozen, scores), paths.nodes[COMPONENT]], ignore_index=True)
-    nodes = make_nodes(spectra, described)
+    nodes = _described(model, scores, frozen, paths)
     passages, what = _text(model, task, config, text)
     passages = passages.select(range(min(MOST_READ, len(passages))))
-    found = examples_of(model, nodes, passages, top=_PASSAGES, around=_AROUND, **options)
+    asked = make_nodes(spectra, nodes)
+    found = examples_of(model, asked, passages, top=_PASSAGES, around=_AROUND, **options)
     joined = None
     if len(frozen) <= MOST_GROUPED and len(train) > 2:
+        count = min(12, max(2, len(frozen) // 3))
         singles = len(frozen) <= MOST_FROZEN  # a pass each
-        joined = groups(model, spectra, frozen, train, singles=singles, **options)
-    return Inside(changed, paths, len(strongest), found, f"{len(passages)} {what}", joined)
+        joined = groups(model, spectra, frozen, train, count=count, singles=singles, **options)
+    return Inside(changed, paths, len(strongest), nodes, found, f"{len(passages)} {what}", joined)
 
 
 def _text(
@@ -126,11 +131,22 @@ def _text(
     return task.train, "training examples of the task"
 
 
-def _lowest(frozen: FrozenSet, scores: Scores) -> pd.DataFrame:
-    """The frozen components with the lowest scores, which the report lists."""
+def _described(
+    model: TransformerBridge, scores: Scores, frozen: FrozenSet, paths: Circuit
+) -> pd.DataFrame:
+    """The nodes of a circuit, and below them the frozen components that the report lists."""
     values = scores.delta_loss[score_rows(scores, frozen.components)]
-    order = np.argsort(values, kind="stable")[:MOST_DESCRIBED]
-    return frozen.components[COMPONENT].iloc[order]
+    lowest = np.argsort(values, kind="stable")[:MOST_DESCRIBED]
+    spectra = scores.spectra_on(model)
+    listed = make_nodes(spectra, frozen.components.iloc[lowest]).table
+    others = make_nodes(spectra, listed[~listed["node"].isin(paths.nodes["node"])])
+    table = others.table.join(token_summary(model, others))
+    members = others.members.merge(scores.to_pandas(), on=COMPONENT)
+    members = members.merge(frozen.components, on=COMPONENT, how="left").fillna({"strength": 0.0})
+    grouped = members.groupby("number")
+    table["strength"] = grouped["strength"].mean().to_numpy()
+    table["delta_loss"] = grouped["delta_loss"].sum().to_numpy()
+    return pd.concat([paths.nodes, table], ignore_index=True)
 
 
 def _strongest(frozen: FrozenSet, scores: Scores) -> FrozenSet:

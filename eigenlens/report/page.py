@@ -15,16 +15,19 @@ from plotly.offline import get_plotlyjs
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens import plots
+from eigenlens.circuits.nodes import node_name
 from eigenlens.evaluation import Evaluation
 from eigenlens.files import write_text
 from eigenlens.pipeline import EigenpruneResult, load_run
 from eigenlens.plots.examples import OUTCOMES
+from eigenlens.report.cards import cards
 from eigenlens.report.drawing import fragment
 from eigenlens.report.inside import Inside, look_inside
 from eigenlens.report.tables import Table, make_table
 from eigenlens.spectra import COMPONENT
 from eigenlens.tasks import Task
 
+_SCRIPTS = ("sort.js", "pin.js")
 MOST_ROWS = 200  # of a table: a page for a phone, not a data base
 
 
@@ -107,9 +110,10 @@ def _render(
         left_out=reason,
         plotly_js=get_plotlyjs(),
         style=(folder / "page.css").read_text(encoding="utf-8"),
-        script=(folder / "sort.js").read_text(encoding="utf-8"),
+        script="".join((folder / name).read_text(encoding="utf-8") for name in _SCRIPTS),
+        cards=cards(found) if found is not None else {},
         figures=_figures(result, found),
-        frozen=_frozen(result),
+        frozen=_frozen(result, found),
         changed=changed,
         n_changed=n_changed,
         spared=_spared(result.search.protected),
@@ -139,15 +143,19 @@ def _figures(result: EigenpruneResult, found: Inside | None) -> dict[str, str]:
     return {name: fragment(figure, f"figure-{name}") for name, figure in drawn.items()}
 
 
-def _frozen(result: EigenpruneResult) -> Table:
+def _frozen(result: EigenpruneResult, found: Inside | None) -> Table:
     """The frozen components with the lowest scores."""
     table = result.frozen.to_pandas().merge(result.scores.to_pandas(), on=COMPONENT)
     table = table.rename(columns={"delta_loss": "ΔL (nats)", "sigma": "σ"})
+    named = {} if found is None else _node_of(found.nodes)
+    places = table[COMPONENT].itertuples(index=False, name=None)
+    table["component"] = [named.get(place, node_name(*place)) for place in places]
     return make_table(
         table.sort_values("ΔL (nats)").head(MOST_ROWS),
         "Frozen components, lowest score first: ΔL is the predicted change of the loss per "
         "example, σ the singular value, strength how much of its effect is frozen",
         {
+            "component": "",
             "layer": "d",
             "matrix": "",
             "head": "d",
@@ -156,7 +164,22 @@ def _frozen(result: EigenpruneResult) -> Table:
             "ΔL (nats)": ".4g",
             "σ": ".4g",
         },
+        pins=_names(found),
     )
+
+
+def _names(found: Inside | None) -> set[str]:
+    """Of the nodes that have a card."""
+    return set() if found is None or found.nodes.empty else set(found.nodes["node"])
+
+
+def _node_of(nodes: pd.DataFrame) -> dict[tuple[Any, ...], str]:
+    """The node that each component is of: degenerate blocks hold several."""
+    return {
+        (row["layer"], row["matrix"], row["head"], row["index"] + member): row["node"]
+        for row in nodes.to_dict("records")
+        for member in range(row["size"])
+    }
 
 
 def _changed(before: Evaluation, after: Evaluation) -> tuple[Table, int]:
@@ -239,6 +262,7 @@ def _against(found: Inside | None) -> Table | None:
             "promotes": str,
             "suppresses": str,
         },
+        pins=_names(found),
     )
 
 
@@ -284,6 +308,7 @@ def _answers(found: Inside | None) -> Table | None:
         f"at the marked token; {found.text}. A coordinate's sign is arbitrary, as that of a "
         "singular vector is",
         {"component": "", "largest": "", "smallest": ""},
+        pins=_names(found),
     )
 
 

@@ -1,7 +1,7 @@
 """Tables of the report: cells with a text to read and a value to sort by."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from markupsafe import Markup
@@ -10,10 +10,11 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and what it is sorted by."""
+    """What is shown, what it is sorted by, and whether a press on it pins the node it names."""
 
     text: str
     value: str
+    pin: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class Table:
 
 
 def make_table(
-    frame: pd.DataFrame, caption: str, formats: Mapping[str, str | Callable[[object], str]]
+    frame: pd.DataFrame,
+    caption: str,
+    formats: Mapping[str, str | Callable[[object], str]],
+    pins: Collection[str] = (),
 ) -> Table:
     """A table of the columns of ``frame`` that ``formats`` names, in that order.
 
@@ -49,6 +53,7 @@ def make_table(
         caption: names the table and says its units.
         formats: of each column: a format specification (``".3f"``, ``""``) or a function. A cell
             that is markup stays as it is, and is sorted by its text.
+        pins: nodes that can be pinned where the first column names one.
     """
     columns = [
         Column(name, is_numeric_dtype(frame[name]) and not is_bool_dtype(frame[name]))
@@ -58,6 +63,8 @@ def make_table(
         [_cell(value, formats[column.name]) for column, value in zip(columns, values, strict=True)]
         for values in frame[list(formats)].itertuples(index=False)
     ]
+    for row in rows:
+        row[0] = replace(row[0], pin=row[0].text in pins)
     return Table(caption, columns, rows)
 
 
