@@ -3,8 +3,9 @@
 xxh3 tells a damaged file from a whole one; it is no protection against forgery.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import xxhash
@@ -35,27 +36,48 @@ def hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def sealed(parquet: bytes) -> bytes:
-    """A parquet file with the hash of all its other bytes between its data and its footer.
+def seal(path: Path) -> None:
+    """Put the hash of a parquet file's bytes into it, between its data and its footer.
 
     No reader looks there, since the footer says where data lie. Parquet's own checksums are those
     of pages: they leave out the footer and the heads of pages.
     """
-    footer = _footer(parquet)
-    return parquet[:footer] + xxhash.xxh3_128_digest(parquet) + parquet[footer:]
+    digest = xxhash.xxh3_128()
+    with path.open("r+b") as file:
+        for chunk in _chunks(file, file.seek(0, 2)):
+            digest.update(chunk)
+        start = _footer(file)
+        file.seek(start)
+        footer = file.read()
+        file.seek(start)
+        file.write(digest.digest() + footer)
 
 
-def is_whole(parquet: bytes) -> bool:
-    """Whether the bytes are those that :func:`sealed` gave."""
-    footer = _footer(parquet)
+def is_sealed(file: BinaryIO) -> bool:
+    """Whether an open file is what :func:`seal` left."""
+    footer = _footer(file)
     start = footer - _SIZE
     if start < 0:
         return False
-    digest = xxhash.xxh3_128(parquet[:start])
-    digest.update(parquet[footer:])
-    return digest.digest() == parquet[start:footer]
+    digest = xxhash.xxh3_128()
+    for chunk in _chunks(file, start):
+        digest.update(chunk)
+    file.seek(start)
+    found = file.read(_SIZE)
+    digest.update(file.read())
+    return digest.digest() == found
 
 
-def _footer(parquet: bytes) -> int:
+def _chunks(file: BinaryIO, stop: int) -> Iterator[bytes]:
+    """The bytes of a file up to a place, some megabytes at once."""
+    file.seek(0)
+    while stop > 0 and (chunk := file.read(min(1 << 24, stop))):
+        stop -= len(chunk)
+        yield chunk
+
+
+def _footer(file: BinaryIO) -> int:
     """Where the footer begins, by its length at the end of the file."""
-    return len(parquet) - _TAIL - int.from_bytes(parquet[-_TAIL:][:4], "little")
+    size = file.seek(0, 2)
+    file.seek(max(0, size - _TAIL))
+    return size - _TAIL - int.from_bytes(file.read(_TAIL)[:4], "little")

@@ -25,7 +25,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from eigenlens.checksums import hash_tensors, is_whole, sealed
+from eigenlens.checksums import hash_tensors, is_sealed, seal
 from eigenlens.errors import reason
 from eigenlens.leftovers import sweep, temporary_beside
 from eigenlens.yaml_texts import parse_yaml
@@ -34,6 +34,7 @@ _HEADER, _CHECKSUM = "eigenlens", "checksum"
 # Format 2 brought checksums; these kinds had changed before.
 _FORMATS = dict.fromkeys(("scores", "frozen set", "control", "spectra", "search state"), "3")
 _FORMAT = "2"
+_ROWS = 1 << 17  # of a table that are written and read at once
 
 
 class FileFormatError(ValueError):
@@ -267,24 +268,38 @@ def save_table(
     metadata: Mapping[str, Any] | None = None,
     arrays: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write a table and a JSON header as one parquet file, atomically.
+    """Write a table and a JSON header as one parquet file, atomically and some rows at a time.
 
     ``arrays`` are of two dimensions, a row for each row of the table; each is one column of lists.
     """
-    arrow = pa.Table.from_pandas(table, preserve_index=False)
     arrays = arrays or {}
-    for name, values in arrays.items():
-        if values.shape[1]:  # parquet has no lists of length 0
-            flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-            lists = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-            arrow = arrow.append_column(name, lists)
     shapes = {name: [values.shape[1], str(values.dtype)] for name, values in arrays.items()}
     text = _header(kind, {**(metadata or {}), **({"arrays": shapes} if shapes else {})})
-    header = {**(arrow.schema.metadata or {}), _HEADER.encode(): text}
-    written = pa.BufferOutputStream()
-    pq.write_table(arrow.replace_schema_metadata(header), written, compression="zstd")
+    plain = pa.Schema.from_pandas(table, preserve_index=False)
+    schema = plain.with_metadata({**(plain.metadata or {}), _HEADER.encode(): text})
+    # parquet has no lists of length 0
+    lists = {name: values for name, values in arrays.items() if values.shape[1]}
+    for name, values in lists.items():
+        schema = schema.append(
+            pa.field(name, pa.list_(pa.from_numpy_dtype(values.dtype), values.shape[1]))
+        )
     with atomic_path(Path(path)) as temporary:
-        temporary.write_bytes(sealed(written.getvalue().to_pybytes()))
+        with (
+            temporary.open("wb") as handle,
+            pq.ParquetWriter(handle, schema, compression="zstd") as writer,
+        ):
+            for start in range(0, max(1, len(table)), _ROWS):
+                rows = slice(start, start + _ROWS)
+                part = pa.Table.from_pandas(table.iloc[rows], plain, preserve_index=False)
+                columns = [*part.columns, *(_as_lists(values[rows]) for values in lists.values())]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        seal(temporary)
+
+
+def _as_lists(values: np.ndarray) -> pa.FixedSizeListArray:
+    """Rows of an array as lists."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
 def load_table(path: str | os.PathLike[str], kind: str) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -308,21 +323,31 @@ def load_arrays(
         FileFormatError: the file is truncated, damaged, foreign, or of another kind.
     """
     path = _existing(path)
-    content = path.read_bytes()
-    with parsing(path, "parquet file"):
-        stored = pq.read_metadata(pa.BufferReader(content)).metadata or {}
-        metadata = _check_header(path, kind, stored.get(_HEADER.encode()))
-    _check_whole(path, is_whole(content))
-    arrow = pq.read_table(pa.BufferReader(content))
-    arrays: dict[str, np.ndarray] = {}
-    for name, (width, dtype) in metadata.pop("arrays", {}).items():
-        values = np.zeros((len(arrow), width), dtype)
-        if width:
-            column = arrow[name].combine_chunks()
-            values = column.flatten().to_numpy().reshape(len(arrow), width)
-            arrow = arrow.drop_columns([name])
-        arrays[name] = values
-    return arrow.to_pandas(), metadata, arrays
+    with path.open("rb") as source:
+        with parsing(path, "parquet file"):
+            file = pq.ParquetFile(source)
+            metadata = _check_header(
+                path, kind, (file.metadata.metadata or {}).get(_HEADER.encode())
+            )
+        _check_whole(path, is_sealed(source))
+        shapes = metadata.pop("arrays", {})
+        plain = [name for name in file.schema_arrow.names if name not in shapes]
+        table = file.read(columns=plain).to_pandas()
+        arrays = {
+            name: _of_lists(file, name, width, dtype) for name, (width, dtype) in shapes.items()
+        }
+    return table, metadata, arrays
+
+
+def _of_lists(file: pq.ParquetFile, name: str, width: int, dtype: str) -> np.ndarray:
+    """A column of lists as an array, some rows at a time."""
+    values = np.zeros((file.metadata.num_rows, width), dtype)
+    start = 0
+    for group in range(file.num_row_groups if width else 0):
+        column = file.read_row_group(group, columns=[name])[name].combine_chunks()
+        values[start : start + len(column)] = column.flatten().to_numpy().reshape(-1, width)
+        start += len(column)
+    return values
 
 
 def save_record(path: str | os.PathLike[str], kind: str, record: Mapping[str, Any]) -> None:

@@ -200,11 +200,11 @@ class FrozenSet:
         c = self.components
         tensors = {
             "layer": torch.tensor(c["layer"].to_numpy(np.int32)),
-            "matrix": torch.tensor([KINDS.index(kind) for kind in c["matrix"]]).int(),
+            "matrix": torch.tensor(pd.Categorical(c["matrix"], KINDS).codes.astype(np.int32)),
             "head": torch.tensor(c["head"].to_numpy(np.int32)),
             "index": torch.tensor(c["index"].to_numpy(np.int32)),
             "strength": torch.tensor(c["strength"].to_numpy(np.float64)),
-            **{name: torch.tensor(values) for name, values in self.means.arrays().items()},
+            **{name: torch.as_tensor(values) for name, values in self.means.arrays().items()},
         }
         metadata: dict[str, Any] = {
             **self.means.header(),
@@ -256,7 +256,7 @@ class FrozenSet:
         components = pd.DataFrame(
             {
                 "layer": tensors["layer"].long().numpy(),
-                "matrix": [KINDS[kind] for kind in tensors["matrix"].tolist()],
+                "matrix": np.array(KINDS, dtype=object)[tensors["matrix"].numpy()],
                 "head": tensors["head"].long().numpy(),
                 "index": tensors["index"].long().numpy(),
                 "strength": tensors["strength"].numpy(),
