@@ -17,6 +17,7 @@ from .circuits import examples as examples
 from .circuits import groups as groups
 from .circuits import readout as readout
 from .decomposition import decompose as decompose
+from .distributed import Cluster as Cluster
 from .evaluation import Comparison as Comparison
 from .evaluation import Evaluation as Evaluation
 from .evaluation import compare as compare

@@ -17,6 +17,7 @@ from eigenlens.cli_output import (
     say,
     say_json,
 )
+from eigenlens.cli_ray import Ray, WithRay, working_on
 from eigenlens.cli_values import expanded, pairs, split
 
 app = typer.Typer(
@@ -31,7 +32,7 @@ for command in (
     app.command()(command)
 
 
-@app.command()
+@app.command(cls=WithRay)
 def run(
     model: Annotated[
         str | None, typer.Option(help="Short name, folder, GGUF file or Hub name.")
@@ -95,6 +96,7 @@ def run(
         Path,
         typer.Option(help="Run folder; a run that was interrupted goes on.", callback=expanded),
     ] = Path("runs/run"),
+    ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Score, search, freeze, and measure a task before and after."""
@@ -142,7 +144,8 @@ def run(
         else:
             options.setdefault("search_args", {})
         settings = pipeline.EigenpruneConfig.make(**(base | options))
-        result = pipeline.run(settings, out)
+        with working_on(ray) as cluster:
+            result = pipeline.run(settings, out, shards=cluster or 1)
         _draw(result, out)
         if as_json:
             say_json(result.metrics())

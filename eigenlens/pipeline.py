@@ -29,6 +29,7 @@ from eigenlens.provenance import Provenance, keeping_weights, versions
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES, refined
 from eigenlens.scoring import Scores, score
 from eigenlens.scoring.scores import estimates_mean
+from eigenlens.scoring.shards import Shards
 from eigenlens.search import SEARCHES, Protection, SearchResult, iterative, one_shot
 from eigenlens.spectra import Spectra
 from eigenlens.stages import Stages
@@ -122,7 +123,11 @@ class EigenpruneResult:
 
 
 def run(
-    config: EigenpruneConfig, out: str | os.PathLike[str] | None = None, *, progress: bool = True
+    config: EigenpruneConfig,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    shards: int | Shards = 1,
+    progress: bool = True,
 ) -> EigenpruneResult:
     """Load model and task as ``config`` says, then do as :func:`eigenprune` does.
 
@@ -138,7 +143,7 @@ def run(
     folder = Path(out) if out is not None else None
     with alone(folder):
         model, task = load_as(config)
-        return _stages(model, task, config, folder, progress)
+        return _stages(model, task, config, folder, shards, progress)
 
 
 def load_as(config: EigenpruneConfig) -> tuple[TransformerBridge, Task]:
@@ -160,6 +165,7 @@ def eigenprune(
     config: EigenpruneConfig | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
+    shards: int | Shards = 1,
     progress: bool = True,
 ) -> EigenpruneResult:
     """Score on the train split, choose on validation, measure on test before and after.
@@ -170,6 +176,7 @@ def eigenprune(
         config: options (default: :class:`EigenpruneConfig`'s). What it says of model and task is
             replaced by what these are.
         out: folder for the results. A folder with the same configuration is resumed.
+        shards: as for :func:`eigenlens.score`.
         progress: show progress bars.
 
     Raises:
@@ -190,7 +197,7 @@ def eigenprune(
     config = (config or EigenpruneConfig()).model_copy(update=what)
     folder = Path(out) if out is not None else None
     with alone(folder):
-        return _stages(model, task, config, folder, progress)
+        return _stages(model, task, config, folder, shards, progress)
 
 
 @keeping_weights
@@ -199,9 +206,10 @@ def _stages(
     task: Task,
     config: EigenpruneConfig,
     out: Path | None,
+    shards: int | Shards,
     progress: bool,
 ) -> EigenpruneResult:
-    stages = Stages(config, out, model, task)
+    stages = Stages(config, out, model, task, shards)
     before = stages.do(
         "before",
         "before.parquet",
@@ -273,6 +281,7 @@ def _score(
         batch_size=config.batch_size,
         n_positions=config.n_positions,
         seed=config.seed,
+        shards=stages.shards,
         progress=progress,
     )
     count = config.refine

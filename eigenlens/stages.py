@@ -14,6 +14,7 @@ from eigenlens.files import FileFormatError, write_text
 from eigenlens.identity import conditions, defaults
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES
 from eigenlens.scoring import score
+from eigenlens.scoring.shards import Shards
 from eigenlens.search import Protection
 from eigenlens.tasks import Task
 from eigenlens.tasks.own_text import own_text
@@ -30,9 +31,16 @@ class Stages:
     """
 
     def __init__(
-        self, config: EigenpruneConfig, out: Path | None, model: TransformerBridge, task: Task
+        self,
+        config: EigenpruneConfig,
+        out: Path | None,
+        model: TransformerBridge,
+        task: Task,
+        shards: int | Shards = 1,
     ) -> None:
+        """``shards`` are those of :func:`eigenlens.score`, on which no result depends."""
         self.out = out
+        self.shards = shards
         self.seconds: dict[str, float] = {}
         if out is None:
             return
@@ -71,7 +79,7 @@ def _defaults(config: EigenpruneConfig) -> dict[str, Any]:
     chosen = search_options(config.search)(**config.search_args)
     return {
         "search": chosen.model_dump(mode="json"),
-        "score": defaults(score),
+        "score": {k: v for k, v in defaults(score).items() if k != "shards"},
         "refine": [REFINED, REFINED_EXAMPLES],
         "protect": {**defaults(own_text), **defaults(Protection)},
     }

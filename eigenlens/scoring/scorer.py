@@ -111,8 +111,8 @@ def score(
         memory_gb: room for sums of outer products; by default a quarter of what is free.
         seed: of the resampling.
         shards: in how many parts the examples are read, one after the other, whose sums are then
-            merged; or whoever reads the parts (:class:`eigenlens.scoring.shards.Shards`). Parts are
-            of whole batches, so there are no more of them than batches.
+            merged; or a :class:`eigenlens.Cluster`, whose processes read them. Parts are of whole
+            batches, so there are no more of them than batches.
         progress: show a progress bar.
 
     Raises:
