@@ -14,11 +14,13 @@ import os
 import re
 import secrets
 import shutil
+import site
 import socket
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -168,14 +170,15 @@ class Cluster:
         # Ray would give way to all else that runs here: but these processes are the job itself.
         os.environ.setdefault("RAY_worker_niceness", "0")
         self._folder = Path(tempfile.mkdtemp(prefix="eigenlens-ray-"))
-        self._init(
-            address="local",
-            num_cpus=(self._workers or os.cpu_count() or 1) * self._threads,
-            num_gpus=0,
-            object_store_memory=None if self._memory_mb is None else self._memory_mb * 2**20,
-            include_dashboard=False,
-            _temp_dir=str(self._folder),
-        )
+        with _own_package():
+            self._init(
+                address="local",
+                num_cpus=(self._workers or os.cpu_count() or 1) * self._threads,
+                num_gpus=0,
+                object_store_memory=None if self._memory_mb is None else self._memory_mb * 2**20,
+                include_dashboard=False,
+                _temp_dir=str(self._folder),
+            )
 
     def _init(self, **options: Any) -> None:
         with warnings.catch_warnings():
@@ -302,6 +305,22 @@ class Cluster:
             shared = self.share(_Scored(packed, spectra))
             self._sent = packed.fingerprint, spectra, shared
         return self._sent[2]
+
+
+@contextmanager
+def _own_package() -> Iterator[None]:
+    """Let processes that are started here import this copy of the package, wherever it lies."""
+    own, before = str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")
+    if own in site.getsitepackages():
+        yield
+        return
+    os.environ["PYTHONPATH"] = os.pathsep.join([own, *([before] if before else [])])
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def _check_answers(address: str) -> None:
