@@ -1,6 +1,7 @@
 """Adapters of few numbers: merged against live, files against peft's own, training."""
 
 import numpy as np
+import pandas as pd
 import peft
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import eigenlens as el
 from eigenlens import baselines as bl
 from eigenlens.metrics import answer_logits
+from eigenlens.paper.studies import adapters
 from eigenlens.provenance import model_fingerprint
 from eigenlens.tasks import make_batches
 
@@ -160,3 +162,24 @@ def test_float64_is_refused(tiny):
     task = el.Task("t", MIXED, MIXED, MIXED)
     with pytest.raises(ValueError, match="VeRA takes no float64"):
         bl.Vera().fit(model, el.decompose(model, progress=False), task)
+
+
+def test_the_page_of_a_study_by_hand():
+    names = {"before": (10, 0.0, 1.0), "small": (75, 50.0, 1.5), "large": (80, 5000.0, 2.0)}
+    rows = []
+    for method, (right, numbers, perplexity) in names.items():
+        cell = {"model": "m", "label": "t", "seed": 0, "draw": 0, "method": method, "cell": method}
+        measured = {"right": right, "n": 100, "loss": 1.0, "choice_right": None}
+        cost = {"parameters_changed": numbers, "candidates": 3, "seconds": 1.0}
+        rows.append({**cell, "data": "", **measured, **cost})
+        rows.append({**cell, "data": "text", **measured, "perplexity": perplexity})
+    table = pd.DataFrame(rows)
+    page = adapters.summary(table).set_index("method")
+    assert page["numbers set"].to_dict() == {"before": "0", "small": "50", "large": "5,000"}
+    assert page.loc["large", "harm (nats per token)"] == f"{np.log(2):.3f}"
+    found = "t: large reaches 80% with 5,000 numbers; small, with 50, is within its interval (75%)."
+    assert adapters.text(table).startswith(found)
+    alone = table[table["method"] != "small"]
+    assert "numbers, and none with fewer is within its interval." in adapters.text(alone)
+    points = {trace.name: trace for trace in adapters.figure(table).data if trace.xaxis == "x"}
+    assert [points["small"].x[0], points["small"].y[0]] == [50, 0.75]

@@ -2,6 +2,7 @@
 
 from eigenlens.paper.studies import (
     ablations,
+    adapters,
     ambiguous,
     architectures,
     compare,
@@ -34,6 +35,7 @@ EXPERIMENTS: dict[str, Study] = {
     "constants": constants,
     "paper-table": paper_table,
     "compare": compare,
+    "adapters": adapters,
     "fraction": fraction,
     "ablations": ablations,
     "transfer": transfer,

@@ -36,6 +36,7 @@ def harm_by_cell(table: pd.DataFrame) -> pd.Series:
         return pd.Series(dtype=float)
     probed = table[table["perplexity"].notna()]
     base = probed[probed["method"] == "before"].set_index(["model", "seed"])["perplexity"]
+    base = base[~base.index.duplicated()]  # the same text, once for each task
     keys = pd.MultiIndex.from_frame(probed[["model", "seed"]])
     rise = np.log(probed["perplexity"].astype(float).to_numpy() / base.loc[keys].to_numpy(float))
     return pd.Series(rise, index=probed["cell"])
