@@ -19,8 +19,8 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.matrices import JOINT, Site, WeightMatrix, map_of
 from eigenlens.provenance import text_hash
 from eigenlens.spectra import Spectrum

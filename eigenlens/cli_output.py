@@ -57,9 +57,8 @@ def clear_errors() -> Iterator[None]:
     """Turn what a user can mend into one sentence and exit code 2."""
     from transformers.utils import logging as transformers_logging
 
-    from eigenlens.errors import MissingPackageError
+    from eigenlens.errors import MissingPackageError, StaticExportError
     from eigenlens.files import UnwritableError
-    from eigenlens.plots.export import StaticExportError
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()

@@ -1,6 +1,7 @@
 """``decompose``: the components of every matrix of a model, in one of several bases."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -9,10 +10,10 @@ import torch
 from datasets import Dataset
 from einops import einsum
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens import bases
 from eigenlens import cache as disk
+from eigenlens.bridges import TransformerBridge
 from eigenlens.matrices import (
     JOINT,
     JOINT_KINDS,
@@ -23,6 +24,7 @@ from eigenlens.matrices import (
     weight_matrices,
 )
 from eigenlens.passes import Activation, FiniteCheck, record, without_padding
+from eigenlens.places import places
 from eigenlens.provenance import Provenance, tensor_hash
 from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch, make_batches
@@ -76,7 +78,9 @@ def decompose(
     listed = partial(weight_matrices, model, layers=layers, skip_unsupported=skip_unsupported)
     makers = _makers(model, listed, matrices, basis, data, seed, _DTYPES.get(dtype or ""), cache)
     bar = tqdm(makers, desc="decompose", unit="matrix", disable=not progress)
-    spectra = Spectra([make() for make in bar], Provenance.of(model, for_edits=True), basis, seed)
+    known = places(model)
+    found = [replace(s, place=known.get(s.site.find(model).module)) for s in (m() for m in bar)]
+    spectra = Spectra(found, Provenance.of(model, for_edits=True), basis, seed)
     if cache:
         disk.trim()
     return spectra

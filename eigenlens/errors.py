@@ -9,6 +9,10 @@ class MissingPackageError(ImportError):
     """A package of an extra is not installed; says which."""
 
 
+class StaticExportError(RuntimeError):
+    """SVG, PDF or PNG cannot be written on this machine; the message says what to install."""
+
+
 def problems(error: ValidationError, unplaced: str = "") -> str:
     """Every problem as ``field: message``; ``unplaced`` stands for those of no single field."""
     told = (f"{'.'.join(map(str, e['loc'])) or unplaced}: {e['msg']}" for e in error.errors())

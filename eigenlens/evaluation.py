@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset
 from jaxtyping import Float
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.files import load_table, save_table
 from eigenlens.inputs import check_data
 from eigenlens.memory import fitting

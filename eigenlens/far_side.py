@@ -13,8 +13,8 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.matrices import Site, map_of
 from eigenlens.spectra import Directions, Spectrum
 

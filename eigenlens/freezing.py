@@ -11,15 +11,15 @@ deleting them wherever the mean does not depend on the position.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.far_side import zero_coordinates
 from eigenlens.frozen_set import FrozenSet, check_frozen
 from eigenlens.position_means import Positions
@@ -64,15 +64,8 @@ class SiteEdit:
         return formula(h, self.directions, mean, self.strength)
 
 
-def site_edits(
-    model: TransformerBridge, frozen: FrozenSet, *, allow_dtype: bool = False
-) -> dict[str, SiteEdit]:
-    """The edits that make up ``frozen``, by site, each where ``model`` has the weight.
-
-    Raises:
-        WrongModelError: ``frozen`` belongs to other weights.
-    """
-    directions = frozen.directions_on(model, allow_dtype=allow_dtype)
+def site_edits(frozen: FrozenSet, directions: Mapping[str, Directions]) -> dict[str, SiteEdit]:
+    """The edits that make up ``frozen``, by site, each where its directions are."""
     edits = {}
     for name, rows in by_matrix(frozen.components).items():
         like = directions[name].write
@@ -151,7 +144,8 @@ class Freeze(Edit):
         allow_dtype: bool = False,
     ) -> None:
         super().__init__(model, frozen)
-        self._edits = list(site_edits(model, frozen, allow_dtype=allow_dtype).values())
+        directions = frozen.directions_on(model, allow_dtype=allow_dtype)
+        self._edits = list(site_edits(frozen, directions).values())
         if bias_only:
             self._edits = [edit.bias_only(model) for edit in self._edits]
 

@@ -2,23 +2,24 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.decomposition import decomposed_again
 from eigenlens.files import FileFormatError, load_tensors, save_tensors
-from eigenlens.matrices import KINDS, Site
+from eigenlens.matrices import KINDS
 from eigenlens.position_means import PositionMeans
 from eigenlens.provenance import (
     Provenance,
     hashed_model,
+    hashed_plain,
     model_fingerprint,
     same_when_rounded,
     tokenizer_hash,
@@ -29,6 +30,10 @@ from eigenlens.spectra import COMPONENT, Directions, Spectra, by_matrix
 
 class WrongModelError(ValueError):
     """A FrozenSet was made for a model with other weights."""
+
+
+class UnplacedError(ValueError):
+    """A FrozenSet does not say where its directions lie in a plain model."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,35 @@ class FrozenSet:
             for name, own in self._directions().items()
         }
 
+    def directions_in(
+        self, model: PreTrainedModel, *, allow_dtype: bool = False
+    ) -> dict[str, Directions]:
+        """As :meth:`directions_on`, in a plain transformers model.
+
+        Raises:
+            WrongModelError: the set belongs to other weights.
+            UnplacedError: it holds no directions, or does not know where they lie.
+        """
+        made = self.provenance.plain
+        if made is None or (self.directions is None and self.spectra is None and len(self)):
+            raise UnplacedError(
+                "This edit does not say where its directions lie in a plain model: write it with "
+                "save(path, directions=True) where TransformerLens is installed."
+            )
+        hashed, own = hashed_plain(model)
+        if not same_when_rounded(made, hashed, own):
+            raise self._of_other_weights("hashes", next(iter(made.values())), hashed(own))
+        self._check_dtype(own, allow_dtype)
+        found: dict[str, Directions] = {}
+        for name, part in self._directions().items():
+            if part.place is None:
+                raise UnplacedError(
+                    f"{name} is no linear map of the plain transformers model: its edit lives in "
+                    "TransformerLens only."
+                )
+            found[name] = part.to(part.place.weight(model).device)
+        return found
+
     def _directions(self) -> Mapping[str, Directions]:
         if self.directions is not None or self.spectra is None:
             own = self.directions or {}
@@ -217,7 +251,7 @@ class FrozenSet:
             if self.directions is None and self.spectra is None and len(self):
                 raise ValueError("This set holds no directions to save.")
             own = self._directions()
-            metadata["sites"] = {name: list(astuple(d.site)) for name, d in own.items()}
+            metadata["sites"] = {name: d.header() for name, d in own.items()}
             for name, d in own.items():
                 tensors |= {f"{name}.{part}": value for part, value in d.tensors().items()}
         save_tensors(path, "frozen set", tensors, metadata)
@@ -266,8 +300,8 @@ class FrozenSet:
         directions = None
         if "sites" in metadata:
             directions = {
-                name: Directions.of_tensors(Site(*site), tensors, name)
-                for name, site in metadata["sites"].items()
+                name: Directions.of_tensors(header, tensors, name)
+                for name, header in metadata["sites"].items()
             }
         return cls(
             components=components,
@@ -290,17 +324,24 @@ class FrozenSet:
         if made_for == found:
             return
         rounded = self.provenance.rounded
-        same = rounded is not None and same_when_rounded(rounded, *hashed_model(model))
-        if not same:
+        hashed, own = hashed_model(model)
+        if rounded is None or not same_when_rounded(rounded, hashed, own):
+            raise self._of_other_weights("fingerprints", made_for, found)
+        self._check_dtype(own, allow_dtype)
+
+    def _of_other_weights(self, what: str, made_for: str, found: str) -> WrongModelError:
+        return WrongModelError(
+            f"This FrozenSet was made for {self.provenance.model!r}, and the model at hand has "
+            f"other weights ({what} {made_for[:8]}… and {found[:8]}…): score and select on this "
+            "model."
+        )
+
+    def _check_dtype(self, own: torch.dtype, allow_dtype: bool) -> None:
+        made = self.provenance.dtype
+        if not allow_dtype and made != str(own).removeprefix("torch."):
             raise WrongModelError(
-                f"This FrozenSet was made for {self.provenance.model!r} with the fingerprint "
-                f"{made_for[:8]}…, but the model at hand has {found[:8]}…: other weights. "
-                "Score and select on this model."
-            )
-        if not allow_dtype:
-            raise WrongModelError(
-                f"This FrozenSet was made for these weights in {self.provenance.dtype}: give "
-                "allow_dtype=True (--allow-dtype) to use it here, and evaluate again."
+                f"This FrozenSet was made for these weights in {made}: give allow_dtype=True "
+                "(--allow-dtype) to use it here, and evaluate again."
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eigenlens.bridges import TransformerBridge
 
 _TEXTS = ("string", "large_string", "string_view")
 

@@ -17,7 +17,6 @@ import pandas as pd
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
 from eigenlens.blocks import (
@@ -29,6 +28,7 @@ from eigenlens.blocks import (
     left_out_lines,
     linear_maps,
 )
+from eigenlens.bridges import TransformerBridge
 from eigenlens.inputs import check_model
 
 MATRIX_KINDS = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from datasets import Dataset
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.inputs import check_data, check_model, check_tokenizer
 from eigenlens.memory import fitting
 from eigenlens.positions import prompt_ends_at

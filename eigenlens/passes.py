@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.matrices import Site
 from eigenlens.metrics import Metric, answer_logits, not_a_number, precise
 from eigenlens.tasks.batches import Batch

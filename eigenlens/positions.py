@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.bridges import HookPoint, TransformerBridge
 
 PromptEnd = int | Int[Tensor, ""] | Int[Tensor, "batch 1"]
 _GENERATORS = ("generate", "generate_stream", "hf_generate")

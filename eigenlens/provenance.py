@@ -19,11 +19,12 @@ import xxhash
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.checksums import hash_tensors
 from eigenlens.inputs import check_data, check_model
+from eigenlens.places import is_unchanged, plain_parameters
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class Provenance(BaseModel):
     seed: int | None = None
     versions: dict[str, str]
     rounded: dict[str, str] | None = None
+    plain: dict[str, str] | None = None
     tokenizer: str | None = None
 
     @property
@@ -67,14 +69,18 @@ class Provenance(BaseModel):
             task: its name.
             task_hash: over its examples.
             seed: of what is random.
-            for_edits: record hashes of the weights rounded to coarser types and of the tokenizer,
-                too, which tell whether an edit fits a copy of the model.
+            for_edits: record hashes of the weights rounded to coarser types, of those of the plain
+                transformers model and of the tokenizer, too, which tell whether an edit fits a copy
+                of the model.
 
         Raises:
             ValueError: the model is no ``TransformerBridge``.
         """
         return cls(
             rounded=rounded_hashes(*hashed_model(model)) if for_edits else None,
+            plain=rounded_hashes(*hashed_plain(model))
+            if for_edits and is_unchanged(model)
+            else None,
             tokenizer=tokenizer_hash(model.tokenizer) if for_edits and model.tokenizer else None,
             model_fingerprint=model_fingerprint(model),
             model=str(getattr(model.cfg, "model_name", "") or "unnamed"),
@@ -117,13 +123,23 @@ def same_when_rounded(
 
 def hashed_model(model: nn.Module) -> tuple[Callable[[torch.dtype], str], torch.dtype]:
     """Hash of every parameter of a model in any type, and its own type."""
+    return _hashed(model.named_parameters())
+
+
+def hashed_plain(model: nn.Module) -> tuple[Callable[[torch.dtype], str], torch.dtype]:
+    """As :func:`hashed_model`, of a plain transformers model, or that in a bridge."""
+    return _hashed(plain_parameters(model))
+
+
+def _hashed(
+    parameters: Iterable[tuple[str, Tensor]],
+) -> tuple[Callable[[torch.dtype], str], torch.dtype]:
+    named = sorted(parameters, key=lambda parameter: parameter[0])
 
     def hashed(dtype: torch.dtype) -> str:
-        return hash_tensors(
-            (name, p.detach().to(dtype)) for name, p in sorted(model.named_parameters())
-        )
+        return hash_tensors((name, p.detach().to(dtype)) for name, p in named)
 
-    return hashed, next(model.parameters()).dtype
+    return hashed, named[0][1].dtype
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

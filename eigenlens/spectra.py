@@ -12,7 +12,7 @@ the weight (:mod:`eigenlens.far_side`). A decomposition belongs to weights, not 
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -22,10 +22,11 @@ import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.files import FileFormatError, load_tensors, save_tensors
 from eigenlens.matrices import Site
+from eigenlens.places import Place
 from eigenlens.provenance import Provenance
 
 D = TypeVar("D", bound="Directions")
@@ -47,11 +48,13 @@ class Directions:
         site: the activation.
         read: ``r_i`` as columns, head by head; ``None``: the standard basis.
         write: ``w_i`` as rows, head by head; ``None``: the standard basis.
+        place: of its map in the plain transformers model, if it has one there.
     """
 
     site: Site
     read: Float[Tensor, "head width k"] | None
     write: Float[Tensor, "head k width"] | None
+    place: Place | None = field(default=None, kw_only=True)
 
     def coordinates(self, h: Float[Tensor, "*batch head width"]) -> Float[Tensor, "*batch head k"]:
         """``c_i = h · r_i``."""
@@ -100,6 +103,10 @@ class Directions:
             write = read.mT
         return replace(self, read=read, write=write)
 
+    def header(self) -> list[Any]:
+        """What a file must hold, beside :meth:`tensors`: the site and the place."""
+        return [astuple(self.site), None if self.place is None else astuple(self.place)]
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file must hold; equal read and write vectors once."""
         found = {"read": self.read, "write": None if self.is_orthonormal else self.write}
@@ -107,12 +114,17 @@ class Directions:
 
     @classmethod
     def of_tensors(
-        cls: type[D], site: Site, tensors: Mapping[str, Tensor], name: str, **rest: Any
+        cls: type[D], header: Sequence[Any], tensors: Mapping[str, Tensor], name: str, **rest: Any
     ) -> D:
-        """Put together what :meth:`tensors` gave, each under ``{name}.``."""
+        """Put together what :meth:`header` and :meth:`tensors` gave, these under ``{name}.``."""
+        site, place = Site(*header[0]), Place.read(header[1])
         read = tensors.get(f"{name}.read")
         return cls(
-            site, read, tensors.get(f"{name}.write", None if read is None else read.mT), **rest
+            site,
+            read,
+            tensors.get(f"{name}.write", None if read is None else read.mT),
+            place=place,
+            **rest,
         )
 
 
@@ -202,7 +214,8 @@ class Spectrum(Directions):
         heads, places = (torch.tensor(part, device=self.device) for part in (head, index))
         flat = replace(self.site, n_heads=1, width=self.site.n_heads * self.site.width)
         read = self._scattered(None if self.read is None else self.read.mT, heads, places)
-        return Directions(flat, read.mT, self._scattered(self.write, heads, places))
+        write = self._scattered(self.write, heads, places)
+        return Directions(flat, read.mT, write, place=self.place)
 
     def _scattered(
         self, rows: Float[Tensor, "head k width"] | None, heads: Tensor, places: Tensor
@@ -346,7 +359,7 @@ class Spectra(Mapping[str, Spectrum]):
         for name, s in self.items():
             tensors |= {f"{name}.{part}": value for part, value in s.tensors().items()}
             tensors[f"{name}.sigma"] = s.sigma
-        sites = {name: [*astuple(s.site), s.gap] for name, s in self.items()}
+        sites = {name: [s.header(), s.gap] for name, s in self.items()}
         rest = {"basis": self.basis, "seed": self.seed, "sites": sites}
         save_tensors(path, "spectra", tensors, {**rest, "provenance": self.provenance.model_dump()})
 
@@ -361,10 +374,8 @@ class Spectra(Mapping[str, Spectrum]):
         tensors, metadata = load_tensors(path, "spectra")
         try:
             found = [
-                Spectrum.of_tensors(
-                    Site(*site), tensors, name, sigma=tensors[f"{name}.sigma"], gap=gap
-                )
-                for name, (*site, gap) in metadata["sites"].items()
+                Spectrum.of_tensors(header, tensors, name, sigma=tensors[f"{name}.sigma"], gap=gap)
+                for name, (header, gap) in metadata["sites"].items()
             ]
             provenance = Provenance(**metadata["provenance"])
             spectra = cls(found, provenance, metadata["basis"], metadata["seed"])

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from eigenlens.plots.export import StaticExportError, find_browser
+from eigenlens.errors import StaticExportError
+from eigenlens.plots.export import find_browser
 
 _KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37}
 _DRAWN = "new Promise(r => setTimeout(() => requestAnimationFrame(r), 300))"

@@ -203,7 +203,7 @@ def test_a_file_is_no_folder(made, tmp_path, monkeypatch, form, below):
     model, _, shared = made
     file = tmp_path / "notes.txt"
     file.write_text("mine")
-    monkeypatch.setattr("eigenlens.export.attach.bridge_around", None)  # nothing is computed
+    monkeypatch.setattr("eigenlens.export.attach.check_plain", None)  # nothing is computed
     with pytest.raises(ValueError, match=r"notes\.txt is a file: name a folder") as error:
         EXPORTS[form](model, shared, file / below)
     one_sentence(error)

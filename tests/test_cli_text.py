@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from eigenlens import cli, models
 from eigenlens.cli_output import clear_errors
 from eigenlens.cli_values import pairs
+from eigenlens.errors import StaticExportError
 from eigenlens.models import KnownModel
-from eigenlens.plots.export import StaticExportError
 
 NASTY = "[INST] [bold]x[/bold] [/b] [link=a]b[/link] eigenlens[figures] :smile: <s> \\[x] \\"
 

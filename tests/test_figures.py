@@ -11,10 +11,11 @@ from browser import faults_of_text, visit
 from typer.testing import CliRunner
 
 from eigenlens.cli import app
+from eigenlens.errors import StaticExportError
 from eigenlens.paper.studies import EXPERIMENTS
 from eigenlens.paper.studies.figures import redraw, stored, write_index
 from eigenlens.plots import export
-from eigenlens.plots.export import StaticExportError, find_browser
+from eigenlens.plots.export import find_browser
 from eigenlens.plots.style import COLUMN_WIDTH, FULL_WIDTH
 
 FIGURES = Path(__file__).parent.parent / "figures"

@@ -221,7 +221,7 @@ def edit_effects(
     progress: bool = True,
 ) -> Float[np.ndarray, "component example"]:
     """First-order effect of each component of an edit, at its strength, on every example."""
-    edits = site_edits(model, frozen)
+    edits = site_edits(frozen, frozen.directions_on(model))
     sites = [edit.directions.site for edit in edits.values()]
     rows = by_matrix(frozen.components)
     effects = np.empty((len(frozen), len(data)))

@@ -10,15 +10,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eigenlens.export.plain import Place, bridge_around, place_of, places
+from eigenlens.blocks import UnsupportedModelError
+from eigenlens.export.plain import check_plain
 from eigenlens.freezing import Edit, SiteEdit, site_edits
-from eigenlens.frozen_set import FrozenSet, check_frozen
+from eigenlens.frozen_set import FrozenSet, UnplacedError, WrongModelError, check_frozen
+from eigenlens.places import Place
 from eigenlens.positions import PositionTracker
+from eigenlens.spectra import Directions
 
 
 def attach(
@@ -29,6 +33,9 @@ def attach(
     allow_dtype: bool = False,
 ) -> "Attachment":
     """Put an edit on a plain transformers model, until ``undo()`` or the end of a ``with`` block.
+
+    TransformerLens is not needed where ``frozen`` holds its directions, as after a search, or read
+    from a file of ``save(path, directions=True)``; otherwise it is decomposed again.
 
     ``generate`` counts positions from the end of the prompt in whatever way it decodes. A pass over
     prompt and answer together needs :func:`eigenlens.positions.prompt_ends_at`.
@@ -43,7 +50,8 @@ def attach(
     Raises:
         WrongModelError: ``frozen`` belongs to other weights, or to another tokenizer.
         ValueError: no plain model of transformers.
-        UnsupportedModelError: TransformerLens has no bridge for it.
+        UnsupportedModelError: a map that the plain model does not have; without directions in
+            ``frozen``, a model that TransformerLens has no bridge for.
     """
     check_frozen(frozen)
     if tokenizer is not None:
@@ -76,12 +84,37 @@ def plain_edits(
     Raises:
         WrongModelError, ValueError, UnsupportedModelError: as :func:`attach`.
     """
+    check_plain(model)
+    assert isinstance(model, PreTrainedModel)
+    directions = _directions(model, frozen, allow_dtype)
+    return [PlainEdit.of(edit, model) for edit in site_edits(frozen, directions).values()]
+
+
+def _directions(
+    model: PreTrainedModel, frozen: FrozenSet, allow_dtype: bool
+) -> dict[str, Directions]:
+    """Directions with their places in the plain model.
+
+    An edit that carries none is decomposed again; and only TransformerLens can tell whether weights
+    are the same that it has changed.
+    """
+    try:
+        return frozen.directions_in(model, allow_dtype=allow_dtype)
+    except (UnplacedError, WrongModelError) as error:
+        try:
+            from eigenlens.export.around import bridge_around
+        except ImportError:
+            raise error from None
     bridge = bridge_around(model)
-    known = places(bridge)
-    return [
-        PlainEdit.of(edit, place_of(edit.directions.site.find(bridge), known, model), model)
-        for edit in site_edits(bridge, frozen, allow_dtype=allow_dtype).values()
-    ]
+    found = frozen.directions_on(bridge, allow_dtype=allow_dtype)
+    for name, own in found.items():
+        weight = own.site.find(bridge).flat_weight
+        if own.place is None or not torch.equal(own.place.weight(model), weight):
+            raise UnsupportedModelError(
+                f"{name} is no linear map of the plain transformers model: its edit lives in "
+                "TransformerLens only."
+            )
+    return found
 
 
 @dataclass(frozen=True)
@@ -90,30 +123,34 @@ class PlainEdit:
 
     Attributes:
         edit: of the activation.
-        place: the map.
         through: for inputs that several maps share: what one unit of each coordinate adds to the
             output of this one.
     """
 
     edit: SiteEdit
-    place: Place
     through: Float[Tensor, "k all_out"] | None = None
 
     @classmethod
-    def of(cls, edit: SiteEdit, place: Place, model: nn.Module) -> "PlainEdit":
+    def of(cls, edit: SiteEdit, model: nn.Module) -> "PlainEdit":
         """The edit of a bridge's activation where the plain model has it."""
-        if place.features is None or edit.directions.site.side == "out":
-            return cls(edit, place)
+        found = cls(edit)
+        if found.place.runs is None or edit.directions.site.side == "out":
+            return found
         write = edit.directions.write
         assert write is not None
-        return cls(edit, place, write[0] @ place.weight(model).to(write))
+        return cls(edit, write[0] @ found.place.weight(model).to(write))
+
+    @property
+    def place(self) -> Place:
+        """The map in the plain model."""
+        place = self.edit.directions.place
+        assert place is not None
+        return place
 
     def attach(self, model: nn.Module, tracker: PositionTracker) -> Callable[[], None]:
         """Put the hook on; the function returned takes it off."""
         module = model.get_submodule(self.place.module)
-        features = self.place.features
-        if features is not None:
-            features = features.to(self.edit.table.device)
+        features = self.place.features(self.edit.table.device)
 
         def change_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (self.edit.edited(args[0], tracker), *args[1:])

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from transformer_lens.utilities import get_device
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -48,7 +47,8 @@ def load_plain(
             "the Hugging Face Hub did not answer with it. Give its place with --model."
         ) from error
     check_loaded(info, source, type(model).__name__)
-    return model.to(place or torch.device(get_device())).eval(), tokenizer
+    place = place or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(place).eval(), tokenizer
 
 
 def written_on(

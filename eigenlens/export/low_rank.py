@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from eigenlens.export.attach import PlainEdit, plain_edits
-from eigenlens.export.plain import Place
 from eigenlens.frozen_set import FrozenSet
+from eigenlens.places import Place
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ def _change(model: nn.Module, edit: PlainEdit) -> LowRank:
         bias = place.bias(model)
         if bias is not None:
             table = table - bias.to(read) @ read
-    if place.features is not None:
+    features = place.features(up.device)
+    if features is not None:
         wide = up.new_zeros(len(up), Place(place.module).weight(model).shape[1])
-        up = wide.index_copy(1, place.features.to(up.device), up)
+        up = wide.index_copy(1, features, up)
     return LowRank(down, up, table)
 
 

@@ -1,6 +1,8 @@
-"""Loading models: what is whole, causal and computed rightly comes back, the rest is refused."""
+"""Loading models: what is whole, causal and computed rightly comes back, the rest is refused.
 
-from eigenlens.models.known import KNOWN_MODELS, KnownModel, UnknownModelError
-from eigenlens.models.loading import load_model
+Names are imported when they are first used: plain models load without TransformerLens.
+"""
 
-__all__ = ["KNOWN_MODELS", "KnownModel", "UnknownModelError", "load_model"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

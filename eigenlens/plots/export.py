@@ -14,6 +14,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from eigenlens.errors import StaticExportError
 from eigenlens.files import atomic_path, write_text
 from eigenlens.plots.style import FULL_WIDTH
 
@@ -27,10 +28,6 @@ _NO_BROWSER = (
     "Install one from the system's packages (`apt-get install chromium`, `brew install chromium`) "
     "or with `plotly_get_chrome`, or set BROWSER_PATH to one."
 )
-
-
-class StaticExportError(RuntimeError):
-    """SVG, PDF or PNG cannot be written on this machine; the message says what to install."""
 
 
 def find_browser() -> str:

@@ -23,8 +23,8 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.copies import MOST_ROWS, CopyEdit, tiled_beside
 from eigenlens.matrices import Site, map_of
 from eigenlens.metrics import answer_logits

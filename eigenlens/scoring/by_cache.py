@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.far_side import zero_coordinates
 from eigenlens.positions import prompt_ends_at
 from eigenlens.spectra import Spectra

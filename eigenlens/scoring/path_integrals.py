@@ -10,8 +10,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.matrices import Site
 from eigenlens.metrics import answer_logits
 from eigenlens.passes import Activation, without_padding

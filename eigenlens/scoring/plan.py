@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from datasets import Dataset
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.position_means import PositionMeans, Positions
 from eigenlens.tasks.batches import Batch, make_batches
 from eigenlens.tasks.pairs import paired

@@ -13,8 +13,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.far_side import zero_coordinates
 from eigenlens.matrices import Site
 from eigenlens.passes import (

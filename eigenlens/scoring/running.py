@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.matrices import Site
 from eigenlens.metrics import Metric
 from eigenlens.passes import (

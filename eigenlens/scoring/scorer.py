@@ -25,8 +25,8 @@ import torch
 from datasets import Dataset
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.inputs import check_data
 from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_loss, check_eval_mode

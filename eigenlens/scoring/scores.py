@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.decomposition import decomposed_again
 from eigenlens.files import FileFormatError, load_arrays, save_table
 from eigenlens.position_means import PositionMeans

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from transformer_lens.model_bridge import TransformerBridge
-
+from eigenlens.bridges import TransformerBridge
 from eigenlens.metrics import Metric
 from eigenlens.passes import FiniteCheck
 from eigenlens.scoring.accumulators import Collected

@@ -13,8 +13,8 @@ from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.inputs import check_data
 from eigenlens.memory import fitting
 from eigenlens.metrics import Metric, answer_loss

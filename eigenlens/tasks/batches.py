@@ -14,9 +14,9 @@ import torch
 from datasets import Dataset
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.inputs import check_data, check_model, tokenizer_of
 from eigenlens.tasks.tokenising import Encoded, tokenise
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from datasets import Dataset
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.inputs import tokenizer_of
 from eigenlens.tasks.tokenising import tokenise
 

@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.cache import kept
 from eigenlens.inputs import tokenizer_of
 from eigenlens.metrics import check_eval_mode

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 from datasets import Dataset
-from transformer_lens.model_bridge import TransformerBridge
 
+from eigenlens.bridges import TransformerBridge
 from eigenlens.inputs import tokenizer_of
 from eigenlens.tasks.batches import Batch
 from eigenlens.tasks.tokenising import Encoded, tokenise

@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from eigenlens.errors import StaticExportError
 from eigenlens.files import save_table, write_text
-from eigenlens.plots.export import StaticExportError, export
+from eigenlens.plots.export import export
 from eigenlens.provenance import versions
 
 
