@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 import torch
 from datasets import Dataset
 from jaxtyping import Float
@@ -21,11 +20,15 @@ from eigenlens.inputs import check_data
 from eigenlens.memory import fitting
 from eigenlens.metrics import answer_logits, check_eval_mode, checked_losses
 from eigenlens.provenance import Provenance, data_hash
+from eigenlens.statistics import (
+    Interval,
+    bootstrap_interval,
+    mcnemar,
+    paired_interval,
+    wilson_interval,
+)
 from eigenlens.tasks.batches import Batch, make_batches
 from eigenlens.tasks.candidates import candidates_of, check_distinct, with_answers
-
-Interval = tuple[float, float]
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,6 @@ class Evaluation:
         """
         examples, metadata = load_table(path, "evaluation")
         return cls(examples, Provenance(**metadata["provenance"]))
-
-
-def wilson_interval(correct: int, n: int) -> Interval:
-    """Wilson score interval (95 %) of a share."""
-    found = scipy.stats.binomtest(correct, n).proportion_ci(_CONFIDENCE, method="wilson")
-    return float(found.low), float(found.high)
 
 
 def evaluate(
@@ -297,17 +294,12 @@ def majority_accuracy(train: Dataset, test: Dataset) -> float:
     return sum(other == answer for other in test["answer"][:]) / len(test)
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """Exact p of McNemar's test: are gains and losses equally likely?"""
-    return float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Two evaluations of the same examples, paired.
 
     Attributes:
-        accuracy_change: after − before, with its 95 % bootstrap interval.
+        accuracy_change: after − before, with Newcombe's 95 % interval for paired shares.
         loss_change: after − before in nats, with its 95 % bootstrap interval.
         gained, lost: examples that became right, and wrong.
         p_value: exact McNemar test of ``gained`` against ``lost``.
@@ -355,7 +347,7 @@ class Comparison:
 def compare(
     before: Evaluation, after: Evaluation, *, seed: int = 0, n_resamples: int = 2000
 ) -> Comparison:
-    """Paired comparison: exact McNemar test and bootstrap intervals over examples.
+    """Paired comparison: exact McNemar test, Newcombe's interval, and a bootstrap of the loss.
 
     Raises:
         ValueError: the two evaluations are not of the same examples.
@@ -365,29 +357,15 @@ def compare(
         raise ValueError("These evaluations are not of the same examples, in the same order.")
     was, now = (e.examples["correct"].to_numpy(bool) for e in (before, after))
     gained, lost = int((now & ~was).sum()), int((was & ~now).sum())
-    right = now.astype(float) - was
+    both, neither = int((now & was).sum()), int((~now & ~was).sum())
     loss = (after.examples["loss"] - before.examples["loss"]).to_numpy()
     return Comparison(
-        accuracy_change=float(right.mean()),
-        accuracy_interval=_bootstrap(right, seed, n_resamples),
+        accuracy_change=(gained - lost) / len(now),
+        accuracy_interval=paired_interval(both, gained, lost, neither),
         loss_change=float(loss.mean()),
-        loss_interval=_bootstrap(loss, seed, n_resamples),
+        loss_interval=bootstrap_interval(loss, seed=seed, n_resamples=n_resamples),
         gained=gained,
         lost=lost,
         p_value=mcnemar(gained, lost),
-        n=len(right),
+        n=len(now),
     )
-
-
-def _bootstrap(values: np.ndarray, seed: int, n_resamples: int) -> Interval:
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    found = scipy.stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=n_resamples,
-        confidence_level=_CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)

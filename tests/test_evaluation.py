@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from tiny_models import MIXED, dataset
 
 import eigenlens as el
-from eigenlens.evaluation import majority_accuracy, wilson_interval
+from eigenlens.evaluation import majority_accuracy
 from eigenlens.provenance import Provenance
+from eigenlens.statistics import paired_interval, wilson_interval
 from eigenlens.tasks.batches import make_batches
 
 
@@ -161,14 +162,6 @@ def test_majority_accuracy_by_hand():
         majority_accuracy(train, answers())
 
 
-def test_wilson_interval_by_hand():
-    # 11 of 80, z = 1.96: the paper's baseline on multiplication
-    z, n, p = 1.959963984540054, 80, 11 / 80
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert wilson_interval(11, 80) == pytest.approx((centre - half, centre + half))
-
-
 def test_comparison_by_hand():
     before = evaluation([True, False, False, False, True], [1.0, 2.0, 3.0, 4.0, 5.0])
     after = evaluation([True, True, True, True, False], [0.5, 1.0, 2.0, 1.0, 6.0])
@@ -177,6 +170,7 @@ def test_comparison_by_hand():
     assert found.accuracy_change == pytest.approx(0.4)
     assert found.loss_change == pytest.approx(-0.9)
     assert found.p_value == pytest.approx(2 * (1 + 4) / 16)  # two-sided binomial, 3 of 4
+    assert found.accuracy_interval == paired_interval(both=1, gained=3, lost=1, neither=0)
     low, high = found.loss_interval
     assert low < -0.9 < high
     shown = found._repr_html_()

@@ -19,6 +19,7 @@ from eigenlens.paper.studies import EXPERIMENTS
 from eigenlens.paper.studies.config import CONFIGS, StudyConfig
 from eigenlens.paper.studies.grid import cells, run_grid
 from eigenlens.paper.studies.views import changes, pooled
+from eigenlens.statistics import repeated_interval
 from eigenlens.tasks import make_batches
 
 SIZES = {"n_train": 40, "n_validation": 20, "n_test": 20}
@@ -181,19 +182,32 @@ def test_a_file_that_is_no_study(tmp_path):
         StudyConfig.read(tmp_path / "list.yaml")
 
 
-def test_seeds_add_up_and_draws_give_a_range():
-    def row(seed, draw, right):
+def test_seeds_and_draws_are_no_independent_examples():
+    def row(seed, draw, right, prompts=None):
         fields = {"model": "m", "label": "t", "method": "x", "seed": seed, "draw": draw}
-        return {**fields, "right": right, "n": 10, "loss": 1.0, "choice_right": None}
+        told = " ".join(f"{10 * (seed if prompts is None else prompts) + i}" for i in range(10))
+        measured = {"right": right, "n": 10, "loss": 1.0, "choice_right": None}
+        return {**fields, "prompts": told, **measured}
 
-    (found,) = pooled(pd.DataFrame([row(0, 0, 3), row(1, 0, 5)])).to_dict("records")
-    interval = scipy.stats.binomtest(8, 20).proportion_ci(0.95, method="wilson")
-    assert found["accuracy"] == 0.4
-    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
-    assert np.isnan(found["choice"])
-    drawn = pd.DataFrame([row(s, d, r) for s, d, r in ((0, 0, 3), (1, 0, 5), (0, 1, 1), (1, 1, 1))])
-    (found,) = pooled(drawn).to_dict("records")
-    assert (found["accuracy"], found["low"], found["high"]) == (0.25, 0.1, 0.4)
+    def found(*rows):
+        (cell,) = pooled(pd.DataFrame(rows)).to_dict("records")
+        assert np.isnan(cell["choice"])
+        return cell["accuracy"], (cell["low"], cell["high"]), cell["each"]
+
+    wilson = scipy.stats.binomtest(3, 10).proportion_ci(0.95, method="wilson")
+    one = found(row(0, 0, 3))
+    assert (one[0], one[2]) == (0.3, "30")
+    assert one[1] == pytest.approx((wilson.low, wilson.high))
+    two = found(row(0, 0, 3), row(1, 0, 5))
+    assert two == (0.4, repeated_interval([3, 5], [10, 10], 20), "30 / 50")
+    same = found(row(0, 0, 3, prompts=0), row(1, 0, 5, prompts=0))
+    assert same == (0.4, repeated_interval([3, 5], [10, 10], 10), "30 / 50")
+    drawn = [row(s, d, r) for s, d, r in ((0, 0, 3), (1, 0, 5), (0, 1, 1), (1, 1, 1))]
+    assert found(*drawn) == (0.25, repeated_interval([2, 3], [10, 10], 20), "10 to 30 / 10 to 50")
+    draws = [row(0, d, r) for d, r in enumerate((3, 1, 5))]
+    assert found(*draws) == (0.3, repeated_interval([3, 1, 5], [10] * 3, 10), "10 to 50")
+    untold = pd.DataFrame([row(0, 0, 3), row(1, 0, 5)]).drop(columns="prompts")
+    assert pooled(untold)["high"].item() == same[1][1]  # as if seeds shared their prompts
 
 
 def test_changes_are_paired_by_seed_and_example():
@@ -203,10 +217,15 @@ def test_changes_are_paired_by_seed_and_example():
         {"method": "after", "seed": 0, "correct": "1101"},
         {"method": "after", "seed": 1, "correct": "1100"},
     ]
-    table = pd.DataFrame(rows).assign(model="m", label="t", draw=0, data="")
-    found = changes(table).set_index("method").loc["after"]
+    table = pd.DataFrame(rows).assign(model="m", label="t", draw=0, data="", n=4)
+    prompts = table["seed"].map({0: "a b c d", 1: "e f g h"})
+    found = changes(table.assign(prompts=prompts)).set_index("method").loc["after"]
     assert (found["gained"], found["lost"]) == (4, 1)
     assert found["p"] == pytest.approx(2 * (1 + 5) / 2**5)  # both tails of five fair coins
+    # Of shared prompts, the third was lost once and the first two gained twice.
+    shared = changes(table.assign(prompts="a b c d")).set_index("method").loc["after"]
+    assert (shared["gained"], shared["lost"]) == (2, 1)
+    assert shared["p"] == pytest.approx(1.0)
 
 
 def test_output_statistics_are_those_of_the_distribution(tiny):

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 
 import eigenlens as el
-from eigenlens.evaluation import wilson_interval
 from eigenlens.paper.studies import estimators, searches
 from eigenlens.paper.studies.parts import Parts
+from eigenlens.statistics import wilson_interval
 
 SMALL = {"n_train": 40, "n_validation": 30, "n_test": 30}
 

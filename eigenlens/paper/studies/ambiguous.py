@@ -17,11 +17,13 @@ from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.decomposition import decompose
-from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
+from eigenlens.evaluation import Evaluation, evaluate
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
-from eigenlens.paper.studies.result import ExperimentResult, share
+from eigenlens.paper.studies.repetitions import Accuracy, accuracy, prompts_column
+from eigenlens.paper.studies.result import ExperimentResult
+from eigenlens.paper.studies.views import EACH
 from eigenlens.plots.style import (
     BLUE,
     FULL_WIDTH,
@@ -78,7 +80,8 @@ def run(split_seeds: tuple[int, ...] = (0, 1, 2), random_seeds: int = 5) -> Expe
         for seed in split_seeds:
             task = load_task("ambiguous", model.tokenizer, reading=reading, seed=seed)
             for row in _one_split(model, spectra, task, plain, random_seeds):
-                rows.append({"reading": reading, "split": seed, **row})
+                names = {"reading": reading, "seed": seed, "prompts": prompts_column(task.test)}
+                rows.append({**names, **row})
     return _result(pd.DataFrame(rows), split_seeds, random_seeds)
 
 
@@ -174,9 +177,9 @@ def _numbers(split: dict[str, Evaluation]) -> dict[str, Any]:
 def _at_chosen_budget(table: pd.DataFrame) -> pd.DataFrame:
     """Chosen rows; random components at the budget that ``margin, one-shot`` chose."""
     chosen = table[table["chosen"] & (table["method"] != "random")]
-    budget = chosen[chosen["method"] == "margin, one-shot"].set_index(["reading", "split"])
+    budget = chosen[chosen["method"] == "margin, one-shot"].set_index(["reading", "seed"])
     random = table[table["method"] == "random"]
-    same = budget["components"].reindex(pd.MultiIndex.from_frame(random[["reading", "split"]]))
+    same = budget["components"].reindex(pd.MultiIndex.from_frame(random[["reading", "seed"]]))
     return pd.concat([chosen, random[random["components"].to_numpy() == same.to_numpy()]])
 
 
@@ -185,9 +188,12 @@ def text(table: pd.DataFrame) -> str:
     return (
         "arith-tiny knows `a + b =` and `a x b =` and was trained to answer `a ? b =` half the "
         "time with the sum and half with the product. Components were scored on 240 `?` pairs, "
-        "their number was chosen on 80, and accuracies are of 80 unseen pairs, added up over "
-        "the splits, with Wilson 95 % intervals. `+` and `x` are over 200 pairs each; where they "
-        "were protected, 199 others were, and these were not seen. The target of 95 % on both "
+        "their number was chosen on 80, and accuracies are of 80 unseen pairs of each of three "
+        "splits. Brackets hold 95 % intervals for the mean over further splits: they grow with the "
+        "spread between splits, and pairs that two splits test on count once. `each seed` has the "
+        "accuracy of every split, of random components the lowest to the highest draw. "
+        "`+` and `x` are over 200 pairs each, the same for every split; where they were protected, "
+        "199 others were, and these were not seen. The target of 95 % on both "
         "readings is reached by learned gates, frozen and attenuated, and by no ranking. Freezing "
         "the product's rivals costs `+` two thirds of its answers, unless `+` and `x` are "
         "protected during the search (to within 0.05 nats per answer token): then both keep 99.5 % "
@@ -207,10 +213,17 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             "components": " / ".join(map(str, dict.fromkeys(part["components"]))),
         }
         for name in ("test", "+", "x"):
-            right, n = int(part[f"{name}_right"].sum()), int(part[f"{name}_n"].sum())
-            row[name] = share(right / n, *wilson_interval(right, n))
+            row[name] = str(_accuracy(part, name))
+            if name == "test":
+                row[EACH] = _accuracy(part, name).each
         rows.append(row)
     return pd.DataFrame(rows).sort_values("reading", kind="stable")
+
+
+def _accuracy(part: pd.DataFrame, name: str) -> Accuracy:
+    """Of ``?`` each split has pairs of its own; those of ``+`` and ``x`` are always the same."""
+    told = part if name == "test" else part.drop(columns="prompts", errors="ignore")
+    return accuracy(told, f"{name}_right", f"{name}_n")
 
 
 def figure(table: pd.DataFrame) -> go.Figure:
@@ -241,13 +254,13 @@ def figure(table: pd.DataFrame) -> go.Figure:
         )
         for method, colour in _COLOURS.items():
             own = part[part["method"] == method]
-            summed = own.groupby("components")[["test_right", "test_n"]].sum()
             if method in ("margin, iterative", "learned, frozen"):
-                summed = pd.DataFrame(
-                    {"test_right": [own["test_right"].sum()], "test_n": [own["test_n"].sum()]},
-                    index=[own["components"].median()],
-                )
-            figure.add_trace(_curve(summed, method, colour, first=column == 1), row=1, col=column)
+                own = own.assign(components=own["components"].median())
+            reached = {
+                float(str(count)): _accuracy(same, "test")
+                for count, same in own.groupby("components")
+            }
+            figure.add_trace(_curve(reached, method, colour, first=column == 1), row=1, col=column)
     figure.update_xaxes(
         type="log",
         tickvals=[1, 3, 10, 30, 100, 300],
@@ -265,16 +278,14 @@ def figure(table: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def _curve(summed: pd.DataFrame, method: str, colour: str, *, first: bool) -> go.Scatter:
-    right, n = summed["test_right"].to_numpy(), summed["test_n"].to_numpy()
-    bounds = [wilson_interval(int(r), int(k)) for r, k in zip(right, n, strict=True)]
-    accuracy, one = right / n, len(summed) == 1
+def _curve(reached: dict[float, Accuracy], method: str, colour: str, *, first: bool) -> go.Scatter:
+    one = len(reached) == 1
     return go.Scatter(
-        x=summed.index,
-        y=accuracy,
+        x=list(reached),
+        y=[found.mean for found in reached.values()],
         error_y={
-            "array": [high - a for (_, high), a in zip(bounds, accuracy, strict=True)],
-            "arrayminus": [a - low for (low, _), a in zip(bounds, accuracy, strict=True)],
+            "array": [found.interval[1] - found.mean for found in reached.values()],
+            "arrayminus": [found.mean - found.interval[0] for found in reached.values()],
             "thickness": 1,
             "width": 3,
         },

@@ -4,7 +4,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from eigenlens.paper.studies.grid import grid_study
-from eigenlens.paper.studies.views import INTERVALS, changes, dots, own, passes, percent, pooled
+from eigenlens.paper.studies.views import (
+    EACH,
+    INTERVALS,
+    changes,
+    dots,
+    own,
+    passes,
+    percent,
+    pooled,
+)
 
 QUESTION = "Does eigenpruning work on other architectures?"
 MINUTES = 40
@@ -32,6 +41,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             "task": found["label"],
             "method": found["method"],
             "test accuracy": found.apply(percent, axis=1),
+            EACH: found["each"],
             "p against before": [
                 "" if m == "before" else f"{p:.2g}"
                 for m, p in zip(found["method"], found["p"], strict=True)

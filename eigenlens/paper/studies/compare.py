@@ -4,7 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from eigenlens.paper.studies.grid import grid_study
-from eigenlens.paper.studies.views import INTERVALS, dots, own, passes, percent, pooled
+from eigenlens.paper.studies.views import EACH, INTERVALS, dots, own, passes, percent, pooled
 
 QUESTION = "How does eigenpruning compare with other ways to change a model, and at what cost?"
 MINUTES = 45
@@ -35,6 +35,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             "task": found["label"],
             "method": found["method"],
             "test accuracy": found.apply(percent, axis=1),
+            EACH: found["each"],
             "loss (nats)": found["loss"].map("{:.2f}".format),
             "components": found["components"],
             "tried": found["candidates"].map("{:.0f}".format),

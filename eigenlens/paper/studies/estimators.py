@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.decomposition import decompose
-from eigenlens.evaluation import evaluate, wilson_interval
+from eigenlens.evaluation import evaluate
 from eigenlens.exact import exact_effects
 from eigenlens.faithfulness import agreement, stratified_sample, top_k
 from eigenlens.freezing import freeze
@@ -30,7 +30,9 @@ from eigenlens.paper.released_code import (
     score_like_reference,
 )
 from eigenlens.paper.studies.parts import Parts, part_key, with_models
-from eigenlens.paper.studies.result import ExperimentResult, share
+from eigenlens.paper.studies.repetitions import accuracy, prompts_column
+from eigenlens.paper.studies.result import ExperimentResult
+from eigenlens.paper.studies.views import EACH
 from eigenlens.plots.style import BLUE, FULL_WIDTH, ORANGE, TEMPLATE
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES, integrated, refined
 from eigenlens.scoring import Scores, score
@@ -129,7 +131,8 @@ def run(
         for seed in setting.seeds:
             task = load_task(setting.task, model.tokenizer, **setting.arguments, seed=seed)
             key = part_key(model, setting.model, task, _options(setting), seed)
-            rows += kept.do(key, partial(_measure, model, task, setting, seed))
+            found = kept.do(key, partial(_measure, model, task, setting, seed))
+            rows += [{**row, "prompts": prompts_column(task.test)} for row in found]
     if not rows:
         raise ValueError(f"No setting of this study is of {', '.join(models)}.")
     table = pd.DataFrame(rows)
@@ -274,9 +277,10 @@ def text(table: pd.DataFrame) -> str:
         "the largest 0.1 %; of arith-tiny these are 2 components, so that its second stratum of "
         "13 is shown instead), and the test "
         "accuracy of freezing its lowest scores in one shot, the share chosen on validation "
-        "(Wilson 95 % intervals, added up over splits), where freezing nothing was a choice, "
-        "too. Spearman's ρ is given split by split. `sign` is the share of equal signs among "
-        "exact effects above 1e-6 nats. Passes are forward passes, a backward pass counting as "
+        "(in brackets the 95 % interval, of several splits that of a further one), where freezing "
+        "nothing was a choice, too. Spearman's ρ is given split by split. `sign` is the share of "
+        "equal signs among exact effects above 1e-6 nats. Passes are forward passes, a backward "
+        "pass counting as "
         "two. `integrated` answers another "
         "question (the joint path); `refined`, the default of one-shot runs, is `margin` with "
         f"the {REFINED} most doubtful effects (300 on COPA) measured exactly on "
@@ -292,7 +296,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     for (model, label, name), part in table.groupby(["model", "label", "estimator"], sort=False):
         overall = part[part["stratum"] == "all"]
         top = part[part["stratum"] == ("1" if model == "arith-tiny" else "0")]
-        right, n = int(overall["test_right"].sum()), int(overall["test_n"].sum())
+        reached = accuracy(overall, "test_right", "test_n")
         rows.append(
             {
                 "task": label,
@@ -303,7 +307,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "sign": _number(overall["sign"], "{:.1%}"),
                 "recall, lowest tenth": _number(overall["recall"]),
                 "frozen": " / ".join(f"{value:.1%}" for value in overall["frozen"]),
-                "test accuracy": share(right / n, *wilson_interval(right, n)),
+                "test accuracy": str(reached),
+                EACH: reached.each,
             }
         )
     return pd.DataFrame(rows)

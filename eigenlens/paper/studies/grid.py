@@ -30,6 +30,7 @@ from eigenlens.models import load_model
 from eigenlens.monitors import output_statistics
 from eigenlens.paper.studies.config import CONFIGS, Data, Method, Setting, StudyConfig
 from eigenlens.paper.studies.parts import Parts
+from eigenlens.paper.studies.repetitions import prompts_column
 from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.paper.studies.study import Study
 from eigenlens.scoring import Scores
@@ -122,7 +123,7 @@ def run_grid(config: StudyConfig, parts: Path | None = None) -> pd.DataFrame:
 
     Returns:
         One row per cell and measured data: ``model, label, seed, method, draw, cell``, then
-        ``data`` (empty for the cell's own test split), its ``task``, ``right, n, loss,
+        ``prompts``, ``data`` (empty for the cell's own test split), its ``task``, ``right, n, loss,
         choice_right`` and what the method cost.
 
     Raises:
@@ -157,14 +158,19 @@ class _Bench:
 
     def rows(self, cell: Cell) -> list[dict[str, Any]]:
         found = self._parts.do(self._file(cell), partial(self._fit, cell))
-        return [{**self._names(cell), **row} for row in found]
+        tested = self._model(cell.model).task(cell.setting, cell.seed).test
+        names = {**self._names(cell), "prompts": prompts_column(tested)}
+        return [{**names, **row} for row in found]
 
     def probe(self, cell: Cell, label: str, probe: Data) -> list[dict[str, Any]]:
-        data = self._model(cell.model).task(probe, cell.seed).hash
-        unique = identity_hash(probe.model_dump(mode="json", exclude={"models"}), cell.seed, data)
+        data = self._model(cell.model).task(probe, cell.seed)
+        unique = identity_hash(
+            probe.model_dump(mode="json", exclude={"models"}), cell.seed, data.hash
+        )
         key = f"{self._file(cell)}_on_{probe.task}_{unique}"
         found = self._parts.do(key, partial(self._probe, cell, probe))
-        return [{**self._names(cell), "data": label, **row} for row in found]
+        names = {**self._names(cell), "prompts": prompts_column(data.test)}
+        return [{**names, "data": label, **row} for row in found]
 
     def _file(self, cell: Cell) -> str:
         """Name of a cell's files."""

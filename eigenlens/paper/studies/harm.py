@@ -5,7 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from eigenlens.paper.studies.grid import grid_study
-from eigenlens.paper.studies.views import INTERVALS, own, percent, pooled, variant_dots
+from eigenlens.paper.studies.views import EACH, INTERVALS, own, percent, pooled, variant_dots
 
 QUESTION = "What does an edit cost elsewhere, and which means keep that low?"
 MINUTES = 25
@@ -25,7 +25,7 @@ def text(table: pd.DataFrame) -> str:
         "freezing. A price of λ adds to every gate λ nats of training loss per nat per token that "
         "freezing its component is predicted to cost text that the model wrote itself. Harm is the "
         "rise of the loss on WikiText-2 in nats per token (sixteen words given thirty-two), by "
-        "seed; searches never saw that text. Accuracy by seed is of the same splits. `learned` "
+        "seed; searches never saw that text. `learned` "
         "runs for 120 steps."
     )
 
@@ -49,13 +49,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     key = ["label", "method"]
     by_seed = (
         cells.assign(
-            accuracy=[
-                f"{100 * right / n:.0f}"
-                for right, n in zip(cells["right"], cells["n"], strict=True)
-            ],
             harm=[f"{harm[cell]:.3f}" if cell in harm else "" for cell in cells["cell"]],
         )
-        .groupby(key, sort=False)[["accuracy", "harm"]]
+        .groupby(key, sort=False)["harm"]
         .agg(" / ".join)
     )
     rows = by_seed.loc[pd.MultiIndex.from_frame(found[key])]
@@ -64,10 +60,10 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             "task": found["label"],
             "edit": found["method"],
             "test accuracy": found.apply(percent, axis=1),
-            "by seed (%)": rows["accuracy"].to_numpy(),
+            EACH: found["each"],
             "components": found["components"],
             "share": found["share"],
-            "harm (nats per token)": [value.strip(" /") for value in rows["harm"]],
+            "harm (nats per token)": [value.strip(" /") for value in rows],
         }
     )
 

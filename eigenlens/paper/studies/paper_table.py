@@ -4,7 +4,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from eigenlens.paper.studies.grid import grid_study
-from eigenlens.paper.studies.views import INTERVALS, changes, dots, own, passes, percent, pooled
+from eigenlens.paper.studies.views import (
+    EACH,
+    INTERVALS,
+    changes,
+    dots,
+    own,
+    passes,
+    percent,
+    pooled,
+)
 
 QUESTION = "What does eigenpruning do to the paper's tasks, beside random freezing, LASER and LoRA?"
 MINUTES = 60
@@ -19,8 +28,9 @@ def text(table: pd.DataFrame) -> str:
         f"{INTERVALS} `exact` is the paper's measure: the answer is what greedy decoding over the "
         "whole vocabulary would write. `choice` asks only which candidate answer is the most "
         "likely, and `majority` is the exact accuracy of always giving the most frequent answer of "
-        "the train split. `gained, lost` are test examples against `before`, with McNemar's exact "
-        "p (of a random control, the first draw). `passes` are examples that the fit ran forward / "
+        "the train split. `gained, lost` are test prompts against `before`, with McNemar's exact "
+        "p (of a random control, the first draw; a prompt of several seeds counts once). "
+        "`passes` are examples that the fit ran forward / "
         "backward, those that it chose on included."
     )
 
@@ -34,6 +44,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             "task": found["label"],
             "method": found["method"],
             "exact": found.apply(percent, axis=1),
+            EACH: found["each"],
             "choice": found.apply(percent, axis=1, args=("choice", "choice_low", "choice_high")),
             "majority": found["majority"].map("{:.1%}".format),
             "gained, lost": [

@@ -18,11 +18,13 @@ from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.decomposition import decompose
-from eigenlens.evaluation import Evaluation, evaluate, wilson_interval
+from eigenlens.evaluation import Evaluation, evaluate
 from eigenlens.freezing import freeze
 from eigenlens.identity import defaults
 from eigenlens.paper.studies.parts import Parts, part_key, with_models
-from eigenlens.paper.studies.result import ExperimentResult, share
+from eigenlens.paper.studies.repetitions import accuracy, prompts_column
+from eigenlens.paper.studies.result import ExperimentResult
+from eigenlens.paper.studies.views import EACH, INTERVALS
 from eigenlens.plots.style import (
     BLUE,
     FULL_WIDTH,
@@ -135,7 +137,8 @@ def run(
             task = load_task(setting.task, model.tokenizer, **setting.arguments, seed=seed)
             for method in ("before", *setting.methods):
                 key = part_key(model, setting.model, task, _options(), seed, method)
-                rows += kept.do(key, partial(_measure, scored, task, setting, seed, method))
+                found = kept.do(key, partial(_measure, scored, task, setting, seed, method))
+                rows += [{**row, "prompts": prompts_column(task.test)} for row in found]
     if not rows:
         raise ValueError(f"No setting of this study is of {', '.join(models)}.")
     table = pd.DataFrame(rows).drop_duplicates(["label", "seed", "method", "step"])
@@ -275,15 +278,14 @@ def _passes(method: str, result: SearchResult, n_train: int) -> float:
 def text(table: pd.DataFrame) -> str:
     """What the page says about the table."""
     return (
-        "Test accuracy with Wilson 95 % intervals, added up over the seeds (each is another "
-        "split into train, validation and test). Passes are forward passes over the training "
+        f"{INTERVALS} Passes are forward passes over the training "
         "examples, a backward pass counting as two; looks at validation are not counted. "
         "`one-shot`, `iterative` and `guarded` rank by `fisher`, which costs what `margin` does "
         "and errs less on SmolLM2 (see estimators); `refined` measures the "
-        f"{_REFINED} most doubtful effects. `iterative` and `guarded` freeze {_SHARE:.1%} in their "
-        "first step, `iterative` as many in each; `guarded, longer` has a third more passes. All "
-        "budgets and stopping points were chosen on validation, and freezing nothing was a "
-        "choice. Minutes are of the search on 2 cores, scoring included, decomposition not, and "
+        f"{_REFINED} most doubtful effects. `iterative` and `guarded` freeze {_SHARE:.1%} in "
+        "their first step, `iterative` as many in each; `guarded, longer` has a third more passes. "
+        "Freezing nothing was a choice. Minutes are of the search on 2 cores, scoring included, "
+        "decomposition not, and "
         "are left out where other work shared the cores."
     )
 
@@ -293,17 +295,15 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     final = table[table["step"] == -1]
     rows = []
     for (model, label, method), part in final.groupby(["model", "label", "method"], sort=False):
-        right, n = int(part["test_right"].sum()), int(part["test_n"].sum())
+        found = accuracy(part, "test_right", "test_n")
         rows.append(
             {
                 "model": model,
                 "task": label,
                 "method": method,
                 "seeds": len(part),
-                "test accuracy": share(right / n, *wilson_interval(right, n)),
-                "by seed": " / ".join(
-                    f"{r / k:.0%}" for r, k in zip(part["test_right"], part["test_n"], strict=True)
-                ),
+                "test accuracy": str(found),
+                EACH: found.each,
                 "loss (nats)": f"{part['test_loss'].mean():.2f}",
                 "components": " / ".join(f"{share:.2%}" for share in part["share"]),
                 "passes": "" if method == "before" else f"{part['passes'].mean():.0f}",
@@ -311,9 +311,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             }
         )
     order = {name: i for i, name in enumerate(("before", *METHODS))}
-    found = pd.DataFrame(rows)
-    labels = {label: i for i, label in enumerate(dict.fromkeys(found["task"]))}
-    return found.sort_values(
+    page = pd.DataFrame(rows)
+    labels = {label: i for i, label in enumerate(dict.fromkeys(page["task"]))}
+    return page.sort_values(
         ["task", "method"], key=lambda c: c.map(labels if c.name == "task" else order)
     )
 
@@ -349,15 +349,15 @@ def figure(table: pd.DataFrame) -> go.Figure:
 
 
 def _bar(part: pd.DataFrame, method: str) -> go.Bar:
-    right, n = int(part["test_right"].sum()), int(part["test_n"].sum())
-    low, high = wilson_interval(right, n)
+    found = accuracy(part, "test_right", "test_n")
+    low, high = found.interval
     return go.Bar(
         x=[method],
-        y=[right / n],
+        y=[found.mean],
         error_y={
             "type": "data",
-            "array": [high - right / n],
-            "arrayminus": [right / n - low],
+            "array": [high - found.mean],
+            "arrayminus": [found.mean - low],
             "thickness": 1.2,
             "width": 3,
         },

@@ -4,10 +4,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.evaluation import wilson_interval
 from eigenlens.paper.plots.transfer_grid import transfer as transfer_figure
 from eigenlens.paper.studies.grid import grid_study
-from eigenlens.paper.studies.result import share
+from eigenlens.paper.studies.repetitions import accuracy
 from eigenlens.plots.style import FULL_WIDTH, TEMPLATE, plain
 
 QUESTION = "Does a mask made for one task serve or harm others?"
@@ -22,28 +21,26 @@ def text(table: pd.DataFrame) -> str:
     """What rows and columns are."""
     return (
         "Rows: what the mask was made for (by the default search, components frozen). Columns: "
-        "what it is tested on, exact match on test examples with Wilson 95 % intervals, added up "
-        "over seeds; for text, the perplexity per token of WikiText-2 (sixteen words given "
-        "thirty-two). The first row of each model is the model as it is."
+        "what it is tested on, exact match on test examples with 95 % intervals (of several "
+        "seeds, for the mean over further ones); for text, the perplexity per token of WikiText-2 "
+        "(sixteen words given thirty-two). The first row of each model is the model as it is."
     )
 
 
 def _grid(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per mask and data: right, n and perplexity over seeds."""
+    """One row per mask and data: accuracy and perplexity over seeds."""
     probed = table[table["data"] != ""]
     rows = []
     for (model, label, method, data), part in probed.groupby(
         ["model", "label", "method", "data"], sort=False
     ):
         mask = _BEFORE if method == "before" else label
-        right, n = int(part["right"].sum()), int(part["n"].sum())
         rows.append(
             {
                 "model": model,
                 "mask": mask,
                 "data": data,
-                "right": right,
-                "n": n,
+                "accuracy": accuracy(part),
                 "perplexity": part["perplexity"].astype(float).mean(),
                 "is_text": (part["task"] == "wikitext").all(),
             }
@@ -56,9 +53,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """A row per mask, a column per data set."""
     found = _grid(table)
     found["cell"] = [
-        f"{perplexity:.1f}" if is_text else share(right / n, *wilson_interval(right, n))
-        for right, n, perplexity, is_text in zip(
-            found["right"], found["n"], found["perplexity"], found["is_text"], strict=True
+        f"{perplexity:.1f}" if is_text else str(reached)
+        for reached, perplexity, is_text in zip(
+            found["accuracy"], found["perplexity"], found["is_text"], strict=True
         )
     ]
     order = found[["model", "mask"]].drop_duplicates()
@@ -90,7 +87,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
 
 def _changes(tasks: pd.DataFrame) -> pd.DataFrame:
     """Accuracy under each mask less that of the unedited model, on each data set."""
-    tasks = tasks.assign(accuracy=tasks["right"] / tasks["n"])
+    tasks = tasks.assign(accuracy=[found.mean for found in tasks["accuracy"]])
     before = tasks[tasks["mask"] == _BEFORE].set_index("data")["accuracy"]
     masks = tasks[tasks["mask"] != _BEFORE]
     return pd.DataFrame(

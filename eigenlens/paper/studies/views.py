@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eigenlens.evaluation import mcnemar, wilson_interval
+from eigenlens.paper.studies.repetitions import accuracy, prompts_of
 from eigenlens.paper.studies.result import share
 from eigenlens.plots.style import (
     BLUE,
@@ -19,13 +19,18 @@ from eigenlens.plots.style import (
     one_legend_entry_each,
     plain,
 )
+from eigenlens.statistics import balance, mcnemar
 
+EACH = "each seed (%)"
 _CELL = ["model", "label", "method"]
 INTERVALS = (
-    "Accuracies are of test examples that nothing else saw, with Wilson 95 % intervals, added up "
-    "over seeds (each is another split). Where components are drawn at random, the mean of the "
-    "draws is given, with the lowest and the highest draw. Everything was chosen on validation "
-    "data, by exact match, then loss."
+    "Accuracies are of test examples that nothing else saw, and brackets hold 95 % intervals. Of "
+    "one split and one fit that is Wilson's, for further examples. Of several seeds (each is "
+    "another split), or of several random draws, it is for the mean over further ones: it grows "
+    "with the spread between them, three say little, and prompts that they share count once. "
+    "`each seed` has the accuracy of every seed, of several draws the lowest to the highest. "
+    "Everything was chosen on validation data, by exact match, then loss, then the fewest "
+    "components."
 )
 
 
@@ -35,19 +40,22 @@ def own(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def pooled(table: pd.DataFrame, by: Sequence[str] = _CELL) -> pd.DataFrame:
-    """One row per model, task and method: seeds added up, draws as a range.
+    """One row per model, task and method, over seeds and draws.
 
     Columns besides ``by``: ``accuracy, low, high`` (exact match), ``choice, choice_low,
     choice_high`` (empty without candidates), ``loss``, ``seeds``, ``draws``, the means of what a
-    fit cost, and ``components`` and ``share`` by seed as text.
+    fit cost, and ``each`` (accuracies), ``components`` and ``share`` by seed as text.
     """
     rows = []
     for key, part in table.groupby(list(by), sort=False, dropna=False):
         row: dict[str, Any] = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
-        row |= dict(zip(("accuracy", "low", "high"), _accuracy(part, "right"), strict=True))
-        choices = part["choice_right"].notna().all()
-        found = _accuracy(part, "choice_right") if choices else (np.nan,) * 3
-        row |= dict(zip(("choice", "choice_low", "choice_high"), found, strict=True))
+        found = accuracy(part)
+        row |= dict(zip(_EXACT, (found.mean, *found.interval), strict=True))
+        row["each"] = found.each
+        row |= dict.fromkeys(_CHOICE, np.nan)
+        if part["choice_right"].notna().all():
+            chosen = accuracy(part, "choice_right")
+            row |= dict(zip(_CHOICE, (chosen.mean, *chosen.interval), strict=True))
         row |= {"loss": part["loss"].mean(), "seeds": part["seed"].nunique()}
         row |= {"draws": part["draw"].nunique(), "n": int(_first_draw(part)["n"].sum())}
         for column in _COSTS:
@@ -60,6 +68,8 @@ def pooled(table: pd.DataFrame, by: Sequence[str] = _CELL) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+_EXACT = ("accuracy", "low", "high")
+_CHOICE = ("choice", "choice_low", "choice_high")
 _COSTS = (
     "seconds",
     "forward_examples",
@@ -74,16 +84,6 @@ _COSTS = (
 
 def _first_draw(part: pd.DataFrame) -> pd.DataFrame:
     return part[part["draw"] == part["draw"].min()]
-
-
-def _accuracy(part: pd.DataFrame, column: str) -> tuple[float, float, float]:
-    """Accuracy with its interval; over draws, the mean with the lowest and the highest."""
-    sums = part.assign(right=part[column].astype(int)).groupby("draw")[["right", "n"]].sum()
-    shares = sums["right"] / sums["n"]
-    if len(sums) > 1:
-        return float(shares.mean()), float(shares.min()), float(shares.max())
-    right, n = (int(value) for value in sums.iloc[0])
-    return right / n, *wilson_interval(right, n)
 
 
 def _by_seed(values: pd.Series, column: str) -> str:
@@ -101,6 +101,7 @@ def variants(table: pd.DataFrame) -> pd.DataFrame:
             "task": found["label"],
             "variant": found["method"],
             "test accuracy": found.apply(percent, axis=1),
+            EACH: found["each"],
             "loss (nats)": found["loss"].map("{:.2f}".format),
             "components": found["components"],
         }
@@ -115,27 +116,22 @@ def variant_dots(table: pd.DataFrame, left: int = 220) -> go.Figure:
 
 
 def changes(table: pd.DataFrame, base: str = "before") -> pd.DataFrame:
-    """Examples gained and lost against ``base``, and McNemar's exact p, per cell of the table."""
+    """Prompts gained and lost against ``base``, and McNemar's exact p, per cell of the table.
+
+    A prompt that several seeds test on counts once, by the balance of its gains and losses.
+    """
     rows = []
     for (model, label), part in own(table).groupby(["model", "label"], sort=False):
         was = part[part["method"] == base].set_index("seed")["correct"]
         for method, mine in part[part["draw"] == 0].groupby("method", sort=False):
-            pairs = [
-                (a, b)
-                for seed, now in zip(mine["seed"], mine["correct"], strict=True)
-                for a, b in zip(was[seed], now, strict=True)
-            ]
-            gained, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
-            rows.append(
-                {
-                    "model": model,
-                    "label": label,
-                    "method": method,
-                    "gained": gained,
-                    "lost": lost,
-                    "p": mcnemar(gained, lost),
-                }
-            )
+            change: dict[str, int] = {}
+            for _, row in mine.iterrows():
+                pairs = zip(prompts_of(row), was[row["seed"]], row["correct"], strict=True)
+                for prompt, before, now in pairs:
+                    change[prompt] = change.get(prompt, 0) + int(now) - int(before)
+            gained, lost = balance(change)
+            names = {"model": model, "label": label, "method": method}
+            rows.append({**names, "gained": gained, "lost": lost, "p": mcnemar(gained, lost)})
     return pd.DataFrame(rows)
 
 
