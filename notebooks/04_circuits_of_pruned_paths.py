@@ -46,6 +46,27 @@ place = worst[["layer", "matrix", "head", "index"]].to_dict()
 el.readout(model, spectra, **place, top=5)
 
 # %% [markdown]
+# And where does it act? Tokens say what lies along its directions; `el.examples` shows the passages
+# on which its coordinate is largest and smallest, every token on the colour of its own coordinate.
+
+# %%
+el.examples(model, spectra, place, task.train, top=4)
+
+# %% [markdown]
+# ## Groups
+#
+# Fifteen components are fifteen stories, and an edit of a language model has thousands. `el.groups`
+# puts together those whose effects go up and down on the same examples, and freezes each group as
+# a whole. `joint` is what that really does to the loss; `first_order` and `single` are the sums of
+# what the members do one at a time, estimated and exact.
+
+# %%
+groups = el.groups(model, spectra, frozen, task.train, count=4, singles=True)
+groups
+
+# %% [markdown]
+# Every group helps less than its members one by one would add up to: they overlap.
+#
 # ## The graph
 #
 # Nodes are the 15 frozen components, the two strongest writers to each, the two strongest to these,
