@@ -39,7 +39,7 @@ class EigenpruneConfig(BaseModel):
 
     A frozen coordinate gets its one mean over all positions (``shared``), which the study ``harm``
     finds better than the paper's means by position (``mean``). Of the latter, ``n_positions`` of
-    the last positions of the prompt keep their own (default: all), and those before them share one,
+    the last positions of the prompt keep their own (default: 128), and those before them share one,
     which bounds memory and the size of the edit for long prompts.
 
     ``skip_unsupported`` decomposes what is dense of a model that is not

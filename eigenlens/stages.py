@@ -14,6 +14,7 @@ from eigenlens.files import FileFormatError, write_text
 from eigenlens.identity import conditions, defaults
 from eigenlens.refinement import REFINED, REFINED_EXAMPLES
 from eigenlens.scoring import score
+from eigenlens.scoring.plan import N_POSITIONS
 from eigenlens.scoring.shards import Shards
 from eigenlens.search import Protection
 from eigenlens.tasks import Task
@@ -79,7 +80,10 @@ def _defaults(config: EigenpruneConfig) -> dict[str, Any]:
     chosen = search_options(config.search)(**config.search_args)
     return {
         "search": chosen.model_dump(mode="json"),
-        "score": {k: v for k, v in defaults(score).items() if k != "shards"},
+        "score": {
+            **{k: v for k, v in defaults(score).items() if k != "shards"},
+            "positions": N_POSITIONS,
+        },
         "refine": [REFINED, REFINED_EXAMPLES],
         "protect": {**defaults(own_text), **defaults(Protection)},
     }

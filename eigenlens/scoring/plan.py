@@ -16,6 +16,8 @@ from eigenlens.position_means import PositionMeans, Positions
 from eigenlens.tasks.batches import Batch, make_batches
 from eigenlens.tasks.pairs import paired
 
+N_POSITIONS = 128  # of a prompt's last ones have a mean of their own, where nothing else is said
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -57,7 +59,7 @@ class Plan:
         resampled = reference == "resample"
         batches = make_batches(data, model, batch_size, smallest=2 if resampled else 1)
         pairs = paired(batches, data, model) if reference == "pair" else None
-        positions = Positions.of(batches, n_positions)
+        positions = Positions.of(batches, N_POSITIONS if n_positions is None else n_positions)
         if means is not None:
             positions = means.positions
         elif reference in ("shared", "zero"):

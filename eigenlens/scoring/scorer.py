@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from datasets import Dataset
 from jaxtyping import Bool, Float
@@ -43,6 +42,7 @@ from eigenlens.scoring.path_integrals import embedding_means, embedding_sums
 from eigenlens.scoring.peers import check_peer, peer_effects, peer_sums
 from eigenlens.scoring.plan import Plan
 from eigenlens.scoring.references import means_of_sums, split_table, zero_means
+from eigenlens.scoring.room import check_room, has_room
 from eigenlens.scoring.scores import (
     CRITERIA,
     PEERS,
@@ -74,6 +74,7 @@ def score(
     steps: int = 5,
     batch_size: int = 50,
     memory_gb: float | None = None,
+    budget_gb: float | None = None,
     seed: int = 0,
     shards: int | Shards = 1,
     progress: bool = True,
@@ -102,13 +103,16 @@ def score(
             (negative log-likelihood of the answer, nats) by default.
         stderr: also compute standard errors over examples.
         n_positions: how many of the last positions of the prompt have a mean of their own; all
-            earlier ones share one (for long prompts of many lengths). ``None``: every position.
+            earlier ones share one (for long prompts of many lengths). ``None``: the last 128, which
+            are all of prompts up to this length.
         means: scores of the same components whose means freezing puts in place, where those of
             ``data`` under the model of now are not meant: scoring under an edit, or on a part of
             the examples. Saves the forward pass for the means; ``n_positions`` is then theirs.
         steps: nodes of the paths of ``eap_ig_inputs`` and ``eap_ig_activations``.
         batch_size: examples per pass.
         memory_gb: room for sums of outer products; by default a quarter of what is free.
+        budget_gb: room for all that is kept beside model and directions, in which it must fit; by
+            default what is free. What is much is told before the first pass.
         seed: of the resampling.
         shards: in how many parts the examples are read, one after the other, whose sums are then
             merged; or a :class:`eigenlens.Cluster`, whose processes read them. Parts are of whole
@@ -120,8 +124,8 @@ def score(
             training mode or with other weights than ``spectra``; ``means`` of other components; an
             empty or untokenisable data set; prompts longer than the context; ``resample`` with a
             batch of one; ``pair`` with an example that has no counterpart of as many tokens;
-            ``steps`` or ``shards`` below 1; ``atp_drop`` and ``atp_star`` of one layer; NaN or
-            infinite activations.
+            ``steps`` or ``shards`` below 1; ``atp_drop`` and ``atp_star`` of one layer; more means
+            and sums than there is room for; NaN or infinite activations.
     """
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("reference", reference, REFERENCES)
@@ -138,6 +142,7 @@ def score(
         given = None if means is None else means.means
         options: dict[str, Any] = {"batch_size": size, "n_positions": n_positions, "seed": seed}
         plan = Plan.of(data, model, reference, given, **options)
+        check_room(spectra, plan, budget_gb, progress=progress)
         if plan.means is None and reference == "zero":
             plan = replace(plan, means=zero_means(model, spectra))
         run = _Scorer(model, spectra, plan, metric, where, progress)
@@ -194,18 +199,6 @@ def varying_positions(batches: Sequence[Batch], positions: Positions) -> Bool[Te
                     prefix = hash((prefix, token))
                     prefixes[rows[column]].add(prefix)
     return torch.tensor([len(seen) > 1 for seen in prefixes])
-
-
-def has_room(spectra: Spectra, memory_gb: float | None) -> bool:
-    """Whether the sums of outer products of all matrices fit into ``memory_gb``."""
-    needed = sum(s.site.n_heads * s.site.width**2 * s.dtype.itemsize for s in spectra.values())
-    if memory_gb is None:
-        device = next(iter(spectra.values())).device
-        if device.type == "cuda":
-            memory_gb = torch.cuda.mem_get_info(device)[0] / 4e9
-        else:
-            memory_gb = psutil.virtual_memory().available / 4e9
-    return needed <= memory_gb * 1e9
 
 
 class _Scorer:
