@@ -14,7 +14,7 @@ from eigenlens.gates import Gates
 from eigenlens.metrics import answer_logits
 from eigenlens.position_means import PositionMeans, Positions
 from eigenlens.positions import prompt_ends_at
-from eigenlens.scoring import scorer
+from eigenlens.scoring import plan
 from eigenlens.tasks import make_batches
 
 LONG = dataset(
@@ -132,7 +132,7 @@ def test_more_padding_has_no_influence(tiny, monkeypatch, n_positions, criterion
             for batch in make_batches(data, model, batch_size, **options)
         ]
 
-    monkeypatch.setattr(scorer, "make_batches", padded_further)
+    monkeypatch.setattr(plan, "make_batches", padded_further)
     padded = scores_of(model, MIXED, n_positions=n_positions, criterion=criterion)
     extra = len(padded.means.positions) - len(plain.means.positions)
     assert extra == (7 if n_positions is None else 0)
