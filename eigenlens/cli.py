@@ -263,7 +263,7 @@ def cache(
             say(f"Freed {disk.clear() / 1e6:,.1f} MB.")
 
 
-@app.command()
+@app.command(cls=WithRay)
 def experiment(
     name: Annotated[str, typer.Argument(help="See figures/README.md, or give a wrong one.")],
     model: Annotated[
@@ -284,6 +284,7 @@ def experiment(
     out: Annotated[
         Path, typer.Option(help="Folder for table, page and figure.", callback=expanded)
     ] = Path("figures"),
+    ray: Ray = None,
 ) -> None:
     """Run a study: writes a table, a page and a figure."""
     with clear_errors():
@@ -305,6 +306,11 @@ def experiment(
             if "config" not in parameters:
                 raise ValueError(f"The experiment {name!r} has no configuration file.")
             options["config"] = config
+        with working_on(ray) as cluster:
+            if cluster is not None:
+                from eigenlens.paper.studies.elsewhere import make_parts
+
+                make_parts(name, parts / name, options.get("models"), config, cluster)
         result = study(**options)
         result.save(out)
         write_index(out)

@@ -8,7 +8,7 @@ the edit itself, for what is measured later under it.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property, partial
@@ -132,19 +132,24 @@ def run_grid(config: StudyConfig, parts: Path | None = None) -> pd.DataFrame:
     planned = list(cells(config))
     if not planned:
         raise ValueError(f"No task of this study is for {', '.join(config.models)}.")
-    bench = _Bench(Parts(parts), parts, config.share_scores)
+    bench = Bench(Parts(parts), parts, config.share_scores)
     rows: list[dict[str, Any]] = []
     bar = tqdm(planned, desc="cells", unit="cell")
     for cell in bar:
         bar.set_postfix_str(f"{cell.model}, {cell.label}, {cell.name}")
         rows += bench.rows(cell)
-        for label, probe in config.probes.items():
-            if probe.models is None or cell.model in probe.models:
-                rows += bench.probe(cell, label, probe)
+        for label, probe in _probes(config, cell).items():
+            rows += bench.probe(cell, label, probe)
     return pd.DataFrame(rows)
 
 
-class _Bench:
+def _probes(config: StudyConfig, cell: Cell) -> dict[str, Data]:
+    """What the edit of a cell is measured on besides."""
+    every = config.probes.items()
+    return {k: probe for k, probe in every if probe.models is None or cell.model in probe.models}
+
+
+class Bench:
     """Fits cells; keeps one model at a time, and what was derived from it."""
 
     def __init__(self, parts: Parts, folder: Path | None, share_scores: bool) -> None:
@@ -157,26 +162,38 @@ class _Bench:
         self._scores: dict[str, Scores] = {}
 
     def rows(self, cell: Cell) -> list[dict[str, Any]]:
-        found = self._parts.do(self._file(cell), partial(self._fit, cell))
+        found = self._parts.do(self.file(cell), partial(self._fit, cell))
         tested = self._model(cell.model).task(cell.setting, cell.seed).test
         names = {**self._names(cell), "prompts": prompts_column(tested)}
         return [{**names, **row} for row in found]
 
     def probe(self, cell: Cell, label: str, probe: Data) -> list[dict[str, Any]]:
-        data = self._model(cell.model).task(probe, cell.seed)
-        unique = identity_hash(
-            probe.model_dump(mode="json", exclude={"models"}), cell.seed, data.hash
-        )
-        key = f"{self._file(cell)}_on_{probe.task}_{unique}"
-        found = self._parts.do(key, partial(self._probe, cell, probe))
-        names = {**self._names(cell), "prompts": prompts_column(data.test)}
+        found = self._parts.do(self._probe_file(cell, probe), partial(self._probe, cell, probe))
+        tested = self._model(cell.model).task(probe, cell.seed).test
+        names = {**self._names(cell), "prompts": prompts_column(tested)}
         return [{**names, "data": label, **row} for row in found]
 
-    def _file(self, cell: Cell) -> str:
+    def file(self, cell: Cell) -> str:
         """Name of a cell's files."""
         loaded = self._model(cell.model)
         unique = identity_hash(loaded.conditions, loaded.task(cell.setting, cell.seed).hash)
         return f"{cell.key}-{unique}"
+
+    def _probe_file(self, cell: Cell, probe: Data) -> str:
+        data = self._model(cell.model).task(probe, cell.seed).hash
+        unique = identity_hash(probe.model_dump(mode="json", exclude={"models"}), cell.seed, data)
+        return f"{self.file(cell)}_on_{probe.task}_{unique}"
+
+    def lacks(self, own: Iterable[Cell], config: StudyConfig) -> bool:
+        """Whether a file of one of these cells, or of what is measured under it, is not there."""
+        return not all(
+            self._parts.has(name)
+            for cell in own
+            for name in (
+                self.file(cell),
+                *(self._probe_file(cell, probe) for probe in _probes(config, cell).values()),
+            )
+        )
 
     def _names(self, cell: Cell) -> dict[str, Any]:
         return {
@@ -185,7 +202,7 @@ class _Bench:
             "seed": cell.seed,
             "method": cell.name,
             "draw": cell.draw,
-            "cell": self._file(cell),
+            "cell": self.file(cell),
         }
 
     def _fit(self, cell: Cell) -> list[dict[str, Any]]:
@@ -243,14 +260,14 @@ class _Bench:
         if self._folder is None:
             self._edits[cell.key] = edit
         else:
-            edit.save(self._folder / f"{self._file(cell)}.safetensors")
+            edit.save(self._folder / f"{self.file(cell)}.safetensors")
 
     def _edit(self, cell: Cell) -> Edit:
         """The edit of a cell, which is fitted first if it has to be."""
         self.rows(cell)
         if self._folder is None:
             return self._edits[cell.key]
-        path = self._folder / f"{self._file(cell)}.safetensors"
+        path = self._folder / f"{self.file(cell)}.safetensors"
         with suppress(FileNotFoundError, FileFormatError):
             return load_edit(path)
         self._fit(cell)  # the edit was lost or damaged after its cell was done

@@ -35,6 +35,12 @@ class Parts:
         """Keep parts in ``folder``, or nowhere."""
         self._folder = folder
 
+    def has(self, key: str) -> bool:
+        """Whether a part is there, whole."""
+        with suppress(FileNotFoundError, FileFormatError):
+            return self._folder is not None and _rows(self._folder / f"{key}.json") is not None
+        return False
+
     def do(self, key: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """The rows of a part: read back, or made and written; a damaged one is made again."""
         if self._folder is None:
