@@ -10,6 +10,7 @@ from tiny_models import EQUAL, dataset
 
 import eigenlens as el
 from eigenlens import baselines as bl
+from eigenlens.baselines import baseline
 from eigenlens.baselines.freezing_parts import zeroed
 from eigenlens.baselines.random_components import matched
 from eigenlens.baselines.ranked import shuffled_answers
@@ -308,3 +309,20 @@ def test_unknown_options_are_refused():
     with pytest.raises(ValueError, match="position-free"):
         bl.FreezingPart(part="half")
     assert replace(bl.OneShot(), criterion="mean").name == "eigenpruning, mean, one-shot"
+
+
+def test_of_equals_on_validation_the_fewest_components_are_kept(tiny, monkeypatch):
+    model = tiny("gpt2")
+    task = el.load_task("int_add", model.tokenizer, high=10, n_train=8, n_validation=4, n_test=4)
+    spectra = el.decompose(model, matrices=["W_V"], progress=False)
+    scores = el.score(model, spectra, task.train, progress=False)
+    many, few, worse = (bl.FrozenEdit(el.select(scores, count=count)) for count in (5, 2, 1))
+    found = el.evaluate(model, task.validation, progress=False)
+    lossier = replace(found, examples=found.examples.assign(loss=found.examples["loss"] + 1))
+    measured = {id(many): found, id(few): found, id(worse): lossier}
+    monkeypatch.setattr(baseline, "measure", lambda model, data, edit, **_: measured[id(edit)])
+    for order in ((many, few, worse), (worse, few, many)):
+        search = baseline.Search(model, spectra, task)
+        for edit in order:
+            search.consider(edit)
+        assert search.best[0] is few

@@ -73,14 +73,31 @@ def test_no_activation_outlives_its_batch(tiny):
     assert all(x() is None and g() is None for x, g in alive)
 
 
-def test_sums_do_not_grow_with_the_data(tiny):
-    """Pitfall 8: what is kept is per position and component, whatever the number of examples."""
+def test_what_is_kept_does_not_grow_with_the_data(tiny):
+    """Pitfall 8: from the second batch to the last, no tensor is added to those that are alive."""
     model = tiny("gpt2")
-    spectra = el.decompose(model, progress=False)
-    few = el.score(model, spectra, EQUAL.select(range(2)), progress=False)
-    many = el.score(model, spectra, EQUAL, progress=False)
-    assert few.means.values.shape == many.means.values.shape
-    assert np.isfinite(many.delta_loss).all()
+    spectra = el.decompose(model, matrices=["W_in", "W_V"], progress=False)
+    alive: list[int] = []
+
+    def count(*_):
+        gc.collect()
+        stores = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if type(t) is torch.Tensor
+        }
+        alive.append(sum(stores.values()))
+
+    hook = model.original_model.register_forward_pre_hook(count)
+    try:
+        scores = el.score(model, spectra, EQUAL, batch_size=1, progress=False)
+    finally:
+        hook.remove()
+    assert len(alive) % len(EQUAL) == 0
+    for start in range(0, len(alive), len(EQUAL)):  # every pass over the data
+        one_pass = alive[start + 1 : start + len(EQUAL)]
+        assert max(one_pass) - one_pass[0] < 4 * model.cfg.d_model  # bytes of one token
+    assert np.isfinite(scores.delta_loss).all()
 
 
 def test_nothing_is_trained_before_or_while_pruning(tiny_folder):

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.baselines.edits import Edit, measure, saved_bytes
+from eigenlens.baselines.edits import Edit, FrozenEdit, measure, saved_bytes
 from eigenlens.costs import Cost, measured
 from eigenlens.decomposition import decompose
 from eigenlens.evaluation import Evaluation, preference
@@ -54,7 +54,7 @@ class Search:
             self.model, self.task.validation, edit, batch_size=self.batch_size, choices=False
         )
         self.trace.append({**settings, "accuracy": found.accuracy, "loss": found.loss})
-        if self.best is None or rank(found) > rank(self.best[1]):
+        if self.best is None or rank(edit, found) > rank(*self.best):
             self.best = (edit, found)
         return found
 
@@ -90,9 +90,10 @@ _MADE_OF = {
 }
 
 
-def rank(found: Evaluation) -> tuple[float, ...]:
-    """How good a validation result is (:func:`eigenlens.evaluation.preference`)."""
-    return preference(found.accuracy, found.loss)
+def rank(edit: Edit, found: Evaluation) -> tuple[float, ...]:
+    """How good an edit is on validation (:func:`eigenlens.evaluation.preference`)."""
+    components = len(edit.frozen) if isinstance(edit, FrozenEdit) else 0
+    return preference(found.accuracy, found.loss, components)
 
 
 @dataclass(frozen=True)

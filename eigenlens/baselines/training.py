@@ -24,6 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines.baseline import Baseline, Search, rank
 from eigenlens.baselines.edits import StoredEdit
+from eigenlens.evaluation import Evaluation
 from eigenlens.gates import faster_products
 from eigenlens.matrices import WeightMatrix
 from eigenlens.metrics import answer_logits, answer_loss, precise
@@ -106,7 +107,8 @@ class Trained(Baseline):
         """Consider the edit after each epoch; returns the best of them."""
         adam = torch.optim.Adam(trainable.parameters, lr=settings["lr"])
         generator = torch.Generator().manual_seed(search.seed)
-        best, waited, kept = None, 0, trainable.edit()
+        best: tuple[StoredEdit, Evaluation] | None = None
+        waited, kept = 0, trainable.edit()
         for epoch in range(1, self.epochs + 1):
             batches = shuffled_batches(search.task.train, search, generator)
             with trainable.live(search.model), faster_products():
@@ -114,8 +116,8 @@ class Trained(Baseline):
                 loss = train_epoch(search.model, batches, adam, protect, first)
             edit = trainable.edit()
             found = search.consider(edit, **settings, epoch=epoch, train_loss=loss)
-            if best is None or rank(found) > rank(best):
-                best, waited, kept = found, 0, edit
+            if best is None or rank(edit, found) > rank(*best):
+                best, waited, kept = (edit, found), 0, edit
             else:
                 waited += 1
             if waited == self.patience:

@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.decomposition import decompose
-from eigenlens.evaluation import Evaluation, evaluate
+from eigenlens.evaluation import Evaluation, evaluate, preference
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.models import load_model
@@ -141,7 +141,7 @@ def _measure(
     sets: list[FrozenSet],
     draw: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Every budget of a method; ``chosen`` marks the best on validation, the fewest on a tie."""
+    """Every budget of a method; ``chosen`` marks the best on validation."""
     found = []
     for frozen in sets:
         with freeze(model, frozen):
@@ -154,7 +154,9 @@ def _measure(
                 }.items()
             }
         found.append((frozen, split))
-    best = max(range(len(found)), key=lambda i: (found[i][1]["validation"].accuracy, -i))
+    looks = [(split["validation"], len(frozen)) for frozen, split in found]
+    ranks = [preference(look.accuracy, look.loss, count) for look, count in looks]
+    best = ranks.index(max(ranks))
     for i, (frozen, split) in enumerate(found):
         yield {
             "method": method,

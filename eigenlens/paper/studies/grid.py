@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.baselines import Edit, FitResult, FrozenEdit, load_edit, measure
 from eigenlens.baselines.baseline import Baseline
 from eigenlens.decomposition import decompose
-from eigenlens.evaluation import Evaluation, majority_accuracy, perplexity
+from eigenlens.evaluation import Evaluation, majority_accuracy, perplexity, preference
 from eigenlens.files import FileFormatError
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.identity import conditions, defaults, identity_hash
@@ -324,7 +324,8 @@ def _measured(test: Evaluation) -> dict[str, Any]:
 def _found(found: FitResult, task: Task) -> dict[str, Any]:
     """What was chosen, and at what cost."""
     frozen = found.edit.frozen if isinstance(found.edit, FrozenEdit) else None
-    best = found.trace.sort_values(["accuracy", "loss"], ascending=[False, True]).iloc[0]
+    ranks = [preference(*row) for row in found.trace[["accuracy", "loss"]].to_numpy()]
+    best = found.trace.iloc[ranks.index(max(ranks))]
     return {
         "validation_accuracy": found.validation.accuracy,
         "candidates": len(found.trace),
