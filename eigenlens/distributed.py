@@ -147,12 +147,19 @@ class Cluster:
         """Start or join it.
 
         Raises:
-            ValueError: no cluster answers at the address.
+            ValueError: no cluster answers at the address, or none starts here.
         """
         if self._ray.is_initialized():
             raise ValueError("This process works on a Ray cluster already: leave that first.")
         if self._address is None:
-            self._start()
+            try:
+                self._start()
+            except Exception as error:  # Ray raises this very class when it has waited 30 s
+                self.__exit__(None, None, None)
+                raise ValueError(
+                    f"Ray does not start here ({reason(error)}): make room on this machine, whose "
+                    "processors or memory may be busy, and try again."
+                ) from error
             return self
         try:
             _check_answers(self._address)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -285,6 +286,21 @@ def test_a_cluster_that_exists(arith, tmp_path, nodes):
         assert_same(whole, scored(arith, shards=shards, metric=metric))
         assert (tmp_path / "node").exists()
         wait(lambda: shards.workers == 1)
+
+
+def test_a_cluster_that_does_not_start_leaves_nothing(monkeypatch, tmp_path):
+    def too_late(**options):
+        assert Path(options["_temp_dir"]).is_dir()
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cluster = Cluster(workers=1)
+    cluster._ray = SimpleNamespace(
+        is_initialized=lambda: False, init=too_late, shutdown=lambda: None
+    )
+    with pytest.raises(ValueError, match=r"does not start here .*timed out during startup"):
+        cluster.__enter__()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nowhere"])
