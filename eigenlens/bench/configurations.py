@@ -1,7 +1,7 @@
 """Configurations of real models, written down: their files may be out of reach.
 
-Sources: the ``config.json`` of openai-community/gpt2-xl, microsoft/phi-2, huggyllama/llama-7b and
-meta-llama/Llama-2-70b on the Hugging Face Hub, and of what each is said to be in its paper.
+After the papers and model cards of GPT-2, Phi-2, LLaMA and Llama 2; the tests hold the number of
+parameters that follows against the published one.
 """
 
 from contextlib import suppress
