@@ -34,9 +34,9 @@ from .frozen_set import FrozenSet as FrozenSet
 from .matrices import weight_matrices as weight_matrices
 from .models import load_model as load_model
 from .pipeline import EigenpruneConfig as EigenpruneConfig
-from .pipeline import EigenpruneResult as EigenpruneResult
 from .pipeline import eigenprune as eigenprune
 from .position_means import PositionMeans as PositionMeans
+from .run_folder import EigenpruneResult as EigenpruneResult
 from .scoring import Scores as Scores
 from .scoring import score as score
 from .search import GuardedConfig as GuardedConfig

@@ -10,7 +10,7 @@ import torch
 from tiny_models import EQUAL
 
 import eigenlens as el
-from eigenlens import cache, files, pipeline
+from eigenlens import cache, files, pipeline, run_folder
 from eigenlens.files import (
     FileFormatError,
     load_arrays,
@@ -83,7 +83,7 @@ def test_metrics_of_a_run_that_freezes_nothing_are_json(tiny, tmp_path):
     chosen = strictly(tmp_path / "metrics.json")["search"]["chosen"]
     assert chosen["step"] == 0
     assert chosen["train_loss"] is None
-    again, metrics = pipeline.load_run(tmp_path)
+    again, metrics = run_folder.load_run(tmp_path)
     assert metrics["search"]["chosen"] == chosen
     assert again.search.trace.equals(result.search.trace)
 

@@ -13,7 +13,7 @@ from tiny_models import MIXED, PARTLY, word_tokenizer
 from typer.testing import CliRunner
 
 import eigenlens as el
-from eigenlens import pipeline
+from eigenlens import pipeline, run_folder
 from eigenlens.architectures.oracles import check_exact
 from eigenlens.blocks import UnsupportedModelError
 from eigenlens.cli import app
@@ -145,7 +145,7 @@ def test_the_option_of_a_run(tiny_folder, tmp_path):
     assert done.exit_code == 0, done.output
     assert "mlp.experts (Qwen2MoeExperts)" in done.output
     lines = json.loads((out / "metrics.json").read_text())["left_out"]
-    result, _ = pipeline.load_run(out)
+    result, _ = run_folder.load_run(out)
     assert list(result.left_out) == lines
     assert any("mlp.experts" in line for line in lines)
     whole = config.model_copy(update={"skip_unsupported": False})

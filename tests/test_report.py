@@ -14,7 +14,7 @@ from browser import faults_of_text, visit
 from typer.testing import CliRunner
 
 import eigenlens as el
-from eigenlens import pipeline
+from eigenlens import pipeline, run_folder
 from eigenlens.cli import app
 from eigenlens.evaluation import Evaluation
 from eigenlens.frozen_set import FrozenSet
@@ -66,7 +66,7 @@ def page_text(folder):
 
 def test_a_run_is_read_back_as_it_was(finished):
     folder, result = finished
-    again, metrics = pipeline.load_run(folder)
+    again, metrics = run_folder.load_run(folder)
     assert again.config == result.config
     assert again.comparison == result.comparison
     assert again.scores.to_pandas().equals(result.scores.to_pandas())

@@ -15,8 +15,9 @@ from eigenlens.circuits.nodes import make_nodes, score_rows
 from eigenlens.circuits.readout import token_summary
 from eigenlens.config import EigenpruneConfig
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.pipeline import EigenpruneResult, load_as
+from eigenlens.pipeline import load_as
 from eigenlens.provenance import data_hash
+from eigenlens.run_folder import EigenpruneResult
 from eigenlens.scoring import Scores
 from eigenlens.spectra import COMPONENT
 from eigenlens.tasks import Task

@@ -18,12 +18,12 @@ from eigenlens import plots
 from eigenlens.circuits.nodes import node_name
 from eigenlens.evaluation import Evaluation
 from eigenlens.files import write_text
-from eigenlens.pipeline import EigenpruneResult, load_run
 from eigenlens.plots.examples import OUTCOMES
 from eigenlens.report.cards import cards
 from eigenlens.report.drawing import fragment
 from eigenlens.report.inside import Inside, look_inside
 from eigenlens.report.tables import Table, make_table
+from eigenlens.run_folder import EigenpruneResult, load_run
 from eigenlens.spectra import COMPONENT
 from eigenlens.tasks import Task
 
