@@ -57,7 +57,7 @@ def apply(
         list[str] | None,
         typer.Option(help="Repeatable (default: the lines of the standard input)."),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write.", min=1)] = 20,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.", min=1)] = 20,
     dtype: Dtype = None,
     device: Device = None,
     allow_dtype: AllowDtype = False,

@@ -118,7 +118,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             sweep(path.parent)
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(mode)  # safetensors writes for the owner alone
             os.replace(temporary, path)
     finally:
         with suppress(OSError):

@@ -45,12 +45,14 @@ def whole_folder(folder: Path, config: str, weights: str) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             sweep(folder.parent)
             yield temporary
+            new = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
+            for name in new:  # safetensors writes for the owner alone
+                (temporary / name).chmod(temporary.stat().st_mode & 0o666)
             if not folder.exists():
                 os.replace(temporary, folder)
                 return
             for old in (folder / config, *folder.glob(weights)):
                 old.unlink(missing_ok=True)
-            new = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
             for name in sorted(new, key=lambda name: str(name) == config):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, folder / name)

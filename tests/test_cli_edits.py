@@ -54,6 +54,19 @@ def test_apply_shows_both_texts_side_by_side(edit):
     assert "7 + 7 =" in table.stdout
 
 
+def test_apply_ends_where_the_context_ends(edit):
+    path, bridge, _ = edit
+    n_ctx = bridge.cfg.n_ctx
+    command = ("apply", path, "--device", "cpu", "--json", "--new-tokens", 10 * n_ctx, "--prompt")
+    found = run_cli(*command, " ".join(["1"] * (n_ctx - 1)))
+    assert found.exit_code == 0, found.output
+    (row,) = json.loads(found.stdout)
+    assert len(bridge.tokenizer.encode(row["before"])) <= 1
+    found = run_cli(*command, " ".join(["1"] * n_ctx))
+    assert found.exit_code == 2
+    assert f"fills the model's context of {n_ctx} tokens" in " ".join(found.output.split())
+
+
 def test_evaluate_measures_what_the_library_does(edit, rows):
     path, bridge, frozen = edit
     found = run_cli(
@@ -95,6 +108,9 @@ def test_export_writes_each_form(edit, rows, tiny_folder, tmp_path):
             torch.testing.assert_close(model(input_ids=tokens).logits, wanted, rtol=1e-5, atol=1e-5)
     assert "| after |" in (tmp_path / "bake" / "README.md").read_text()
     assert (tmp_path / "bake" / "tokenizer.json").is_file()
+    (tmp_path / "mine").touch()
+    modes = {file.stat().st_mode for form in models for file in (tmp_path / form).iterdir()}
+    assert modes == {(tmp_path / "mine").stat().st_mode}
 
 
 @pytest.mark.parametrize(

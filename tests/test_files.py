@@ -135,6 +135,8 @@ def test_results_come_back_and_others_can_read_them(tmp_path):
     assert note == {"note": "n"}
     pd.testing.assert_frame_equal(table, TABLE)
     assert all(np.array_equal(means[k], v) for k, v in MEANS.items())
+    (tmp_path / "mine").touch()
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
     plain = pd.read_parquet(tmp_path / "t.parquet")  # the checksum is in no other reader's way
     pd.testing.assert_frame_equal(plain[list(TABLE)], TABLE)
 

@@ -54,10 +54,20 @@ def load_plain(
 def written_on(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, n_tokens: int
 ) -> str:
-    """What a model writes after a prompt, always its most likely token."""
+    """What a model writes after a prompt, always its most likely token, up to its context's end.
+
+    Raises:
+        ValueError: the prompt has no tokens, or leaves no room for another one.
+    """
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if not inputs["input_ids"].shape[1]:
         raise ValueError(f"The prompt {prompt!r} has no tokens.")
+    n_ctx = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if n_ctx is not None:
+        room = n_ctx - inputs["input_ids"].shape[1]
+        if room < 1:
+            raise ValueError(f"The prompt {prompt!r} fills the model's context of {n_ctx} tokens.")
+        n_tokens = min(n_tokens, room)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = model.generate(**inputs, max_new_tokens=n_tokens, do_sample=False, pad_token_id=pad)
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
