@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -26,11 +27,17 @@ import torch
 import yaml
 from test_gguf import write_gguf
 from tiny_models import write_tiny_model
+from tqdm import tqdm
 
 import eigenlens as el
 from eigenlens.cli import app
 from eigenlens.files import load_record, load_table
 from eigenlens.paper.studies import EXPERIMENTS  # noqa: F401  # before the fork
+
+# A child that is killed while it draws a bar must not keep tqdm's lock, which processes share, nor
+# a thread of the parent's hold it during a fork.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 FIGURES = Path(__file__).parent.parent / "figures"
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
