@@ -339,6 +339,9 @@ def test_a_bound_scales_an_edit_back_until_the_other_half_of_the_text_is_within(
     found = replace(free, bound=bound).fit(model, spectra, task)
     with found.edit.applied(model):
         assert 0 < divergence(model, before, checked) <= bound
+    (row,) = found.trace.to_dict("records")
+    assert (row["looks"], row["strength"]) == (3, found.edit.strength)
+    assert row["accuracy"] == found.validation.accuracy
     strengths = training._STRENGTHS
     more = strengths[strengths.index(found.edit.strength) - 1]
     with found.edit.scaled(more / found.edit.strength).applied(model):

@@ -84,8 +84,9 @@ class Trained(Baseline):
                 if self.bound is None or protect is None:
                     self._train(search, trainable, chosen, protect)
                 else:
-                    apart = replace(search, best=None)
+                    apart = replace(search, best=None, trace=[])
                     whole = self._train(apart, trainable, chosen, protect)
+                    chosen["looks"] = len(apart.trace)
                     _offer_within(search, whole, chosen, protect)
 
     def _protection(self, model: TransformerBridge) -> Protection | None:
