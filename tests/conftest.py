@@ -37,7 +37,7 @@ def _own_cache(tmp_path_factory):
         os.environ["EIGENLENS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _stay_double():
     with StayDouble():
         yield
