@@ -129,7 +129,7 @@ def test_inner_loops_do_not_wait_for_the_device(device):
         assert waits[0] == waits[1]
     with Gates(model, scores) as gates:
         free = torch.zeros(len(scores))
-        run = _Training(gates, scores, task.train, el.LearnedConfig(batch_size=6), None, free)
+        run = _Training(gates, scores, task.train, el.LearnedConfig(batch_size=6), None, free, None)
         mode.waits.clear()
         for step in (1, 2, 3):
             run.step(step)

@@ -98,6 +98,9 @@ class KillingMetric:
 
     def __call__(self, logits, batch):
         time.sleep(0.2)  # so that both nodes have work
+        until = time.monotonic() + 30
+        while not self._here() and not os.path.exists(self.marker) and time.monotonic() < until:
+            time.sleep(0.1)  # the other node has to be given some
         if self._here():
             try:
                 os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
