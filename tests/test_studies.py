@@ -75,7 +75,7 @@ def test_searches_reports_the_test_accuracy_of_the_chosen_set(tmp_path, monkeypa
         after = el.evaluate(model, task.test)
     assert final.loc["one-shot", "test_right"] == after.examples["correct"].sum()
     assert final.loc["one-shot", "components"] == len(chosen.frozen)
-    assert len(spent) > 10
+    assert len(spent) > 5
     scoring = 4 * SMALL["n_train"]  # before the search: forward for the means, forward, backward
     passes = (scoring + sum(spent)) / SMALL["n_train"]
     assert final.loc["guarded", "passes"] == pytest.approx(passes)
