@@ -17,6 +17,7 @@ from eigenlens.baselines.calibration import answer_statistics
 from eigenlens.baselines.svf import TrainableFactors
 from eigenlens.metrics import answer_logits, answer_loss
 from eigenlens.provenance import model_fingerprint
+from eigenlens.search import protection
 from eigenlens.tasks import make_batches
 from eigenlens.tasks.own_text import own_text
 
@@ -323,7 +324,7 @@ def sums(tiny, monkeypatch):
     """A tiny model, a task, and a text that it wrote itself, whose other half decides."""
     model = tiny("llama")
     text = own_text(model, n_examples=12, n_tokens=9)
-    monkeypatch.setattr(training, "own_text", lambda model: text)
+    monkeypatch.setattr(protection, "own_text", lambda model: text)
     rows = MIXED.select_columns(["prompt", "answer"])
     task = el.Task("mixed", rows, rows, rows, {})
     return model, el.decompose(model, progress=False), task, text

@@ -11,7 +11,6 @@ from eigenlens.baselines.ranked import train_scores
 from eigenlens.decomposition import Basis
 from eigenlens.scoring import Criterion, Reference
 from eigenlens.search import LearnedConfig, Protection, learned
-from eigenlens.tasks.own_text import OWN_TEXT, own_text
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,8 @@ class Learned(Baseline):
         """Prices alone: the study shows what harm they leave, so that no bound chooses."""
         if not self.price:
             return None
-        text = {OWN_TEXT: own_text(search.model)}
-        return Protection(
+        return Protection.of_own_text(
             search.model,
-            text,
             price=self.price,
             move_means=self.move_means,
             weight=0.0,

@@ -30,7 +30,6 @@ from eigenlens.matrices import WeightMatrix
 from eigenlens.metrics import answer_logits, answer_loss, precise
 from eigenlens.search import Protection
 from eigenlens.tasks.batches import Batch, make_batches
-from eigenlens.tasks.own_text import OWN_TEXT, own_text
 
 _STRENGTHS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 _TEXT_AT_ONCE = 16  # passages per step: about the tokens of a minibatch of short prompts
@@ -93,9 +92,8 @@ class Trained(Baseline):
         if self.bound is None and not self.weight:
             return None
         bound = math.inf if self.bound is None else self.bound
-        text = {OWN_TEXT: own_text(model)}
-        return Protection(
-            model, text, bound=bound, price=0.0, weight=self.weight, batch_size=_TEXT_AT_ONCE
+        return Protection.of_own_text(
+            model, bound=bound, price=0.0, weight=self.weight, batch_size=_TEXT_AT_ONCE
         )
 
     def _train(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import reduce
 from itertools import chain, zip_longest
 from operator import add
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -31,6 +31,7 @@ from eigenlens.metrics import Metric, answer_logits, kl_to_unedited, precise
 from eigenlens.scoring import Scores
 from eigenlens.search.predicted_harm import PredictedHarm, predicted_harm
 from eigenlens.tasks.batches import Batch, make_batches
+from eigenlens.tasks.own_text import OWN_TEXT, own_text
 
 
 class _Part(NamedTuple):
@@ -104,6 +105,15 @@ class Protection:
         if unseen is not None:
             self._reported = {name: self._part(unseen[name]) for name in data}
         self._turns = self._alternating() if weight else []
+
+    @classmethod
+    def of_own_text(cls, model: TransformerBridge, **options: Any) -> "Protection":
+        """Protect text that the model writes itself (:func:`eigenlens.own_text`).
+
+        Raises:
+            OwnTextError: it cannot be read back.
+        """
+        return cls(model, {OWN_TEXT: own_text(model)}, **options)
 
     def _alternating(self) -> list[tuple[Batch, Metric]]:
         """Batches of the steering halves; the data sets take turns."""

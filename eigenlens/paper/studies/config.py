@@ -109,6 +109,20 @@ def _merged(arguments: dict[str, Any], options: dict[str, Any]) -> dict[str, Any
     return {**arguments, **options, **({"options": inner} if inner else {})}
 
 
+class TasksConfig(StudyFile):
+    """A study of tasks with measurements of its own.
+
+    Attributes:
+        models: names for :func:`eigenlens.load_model`.
+        tasks: by the labels that the page shows.
+        seeds: of the splits.
+    """
+
+    models: tuple[str, ...] = Field(min_length=1)
+    tasks: dict[str, Data] = Field(min_length=1)
+    seeds: tuple[int, ...] = (0,)
+
+
 class StudyConfig(StudyFile):
     """A study: every method on every task of every model, with every seed.
 

@@ -20,9 +20,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.decomposition import decompose
 from eigenlens.exact import exact_effects
-from eigenlens.models import load_model
-from eigenlens.paper.studies.config import CONFIGS, Data, StudyFile
-from eigenlens.paper.studies.parts import Parts, part_key
+from eigenlens.paper.studies.config import CONFIGS, Data, TasksConfig
+from eigenlens.paper.studies.parts import Parts, part_key, splits
 from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.plots.style import (
     BLUE,
@@ -37,7 +36,7 @@ from eigenlens.plots.style import (
 )
 from eigenlens.scoring import score
 from eigenlens.spectra import Spectra
-from eigenlens.tasks import Task, load_task
+from eigenlens.tasks import Task
 
 QUESTION = "Whose scores find the most harmful components with the fewest passes?"
 MINUTES = 3
@@ -56,21 +55,15 @@ BUDGETS = (50, 200, 800)  # passes over the data, scores included
 _SIGMA = "largest σ"
 
 
-class PeersConfig(StudyFile):
+class PeersConfig(TasksConfig):
     """What the study runs.
 
     Attributes:
-        models: names for :func:`eigenlens.load_model`.
-        tasks: by the labels that the page shows.
-        seeds: of the splits.
         n_examples: training examples that scores and exact effects are of.
         steps: nodes of the paths of EAP-IG.
         k: how many of the most harmful components are to be found.
     """
 
-    models: tuple[str, ...] = Field(min_length=1)
-    tasks: dict[str, Data] = Field(min_length=1)
-    seeds: tuple[int, ...] = (0,)
     n_examples: int = Field(default=80, ge=1)
     steps: int = Field(default=5, ge=1)
     k: tuple[int, ...] = (1, 5, 20)
@@ -91,20 +84,12 @@ def run(
     read = PeersConfig.read(config or CONFIGS / "peers.yaml")
     kept = Parts(parts)
     rows: list[dict[str, Any]] = []
-    for name in models or read.models:
-        own = {label: s for label, s in read.tasks.items() if s.models is None or name in s.models}
-        model = load_model(name, device="cpu") if own else None
-        for label, setting in own.items():
-            assert model is not None
-            for seed in read.seeds:
-                task = load_task(setting.task, model.tokenizer, **setting.arguments, seed=seed)
-                options = read.model_dump(include={"n_examples", "steps", "k"})
-                options |= {"batch_size": setting.batch_size, "methods": METHODS}
-                key = part_key(model, name, task, options, seed)
-                made = kept.do(key, partial(_measure, model, task, setting, seed, read))
-                rows += [{"model": name, "label": label, "seed": seed, **row} for row in made]
-    if not rows:
-        raise ValueError(f"No task of this study is of {', '.join(models or read.models)}.")
+    for split in splits(read, models):
+        options = read.model_dump(include={"n_examples", "steps", "k"})
+        options |= {"batch_size": split.setting.batch_size, "methods": METHODS}
+        key = part_key(split.loaded, split.model, split.task, options, split.seed)
+        measure = partial(_measure, split.loaded, split.task, split.setting, split.seed, read)
+        rows += [{**split.names, **row} for row in kept.do(key, measure)]
     table = pd.DataFrame(rows)
     return ExperimentResult(
         name="peers",

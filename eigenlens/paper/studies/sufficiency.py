@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from pydantic import Field
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.decomposition import decompose
@@ -25,10 +24,9 @@ from eigenlens.evaluation import evaluate
 from eigenlens.faithfulness import curve_areas, faithfulness_curve, faithfulness_of
 from eigenlens.freezing import freeze
 from eigenlens.metrics import kl_to_unedited
-from eigenlens.models import load_model
-from eigenlens.paper.studies.config import CONFIGS, Data, StudyFile
+from eigenlens.paper.studies.config import CONFIGS, Data, TasksConfig
 from eigenlens.paper.studies.known_circuit import find_known_circuit
-from eigenlens.paper.studies.parts import Parts, part_key
+from eigenlens.paper.studies.parts import Parts, part_key, splits
 from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.plots.style import (
     BLUE,
@@ -44,7 +42,7 @@ from eigenlens.plots.style import (
 )
 from eigenlens.scoring import Scores, score
 from eigenlens.search import LearnedConfig, learned
-from eigenlens.tasks import Task, load_task
+from eigenlens.tasks import Task
 
 QUESTION = "How few components suffice for a task, and which ranking finds them?"
 MINUTES = 15
@@ -60,21 +58,15 @@ _COLOURS = {
 }
 
 
-class SufficiencyConfig(StudyFile):
+class SufficiencyConfig(TasksConfig):
     """What the study runs.
 
     Attributes:
-        models: names for :func:`eigenlens.load_model`.
-        tasks: by the labels that the page shows.
-        seeds: of the splits.
         prices: of keeping all components, in nats: one learned set each.
         shares: of the components that rankings keep.
         circuit_on: labels of tasks in whose models a known circuit is planted.
     """
 
-    models: tuple[str, ...] = Field(min_length=1)
-    tasks: dict[str, Data] = Field(min_length=1)
-    seeds: tuple[int, ...] = (0,)
     prices: tuple[float, ...] = (3.0, 10.0, 30.0, 50.0, 100.0)
     shares: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
     circuit_on: tuple[str, ...] = ("a + b",)
@@ -94,21 +86,11 @@ def run(
     """
     read = SufficiencyConfig.read(config or CONFIGS / "sufficiency.yaml")
     kept, rows = Parts(parts), []
-    for name in models or read.models:
-        own = {label: s for label, s in read.tasks.items() if s.models is None or name in s.models}
-        model = load_model(name, device="cpu") if own else None
-        for label, setting in own.items():
-            assert model is not None
-            for seed in read.seeds:
-                task = load_task(
-                    setting.task, model.tokenizer, **{"seed": seed, **setting.arguments}
-                )
-                common = {"model": name, "label": label, "seed": seed}
-                for what, make, options in _measurements(model, task, setting, label, read):
-                    key = part_key(model, name, task, options, seed, what)
-                    rows += [{**common, **row} for row in kept.do(key, make)]
-    if not rows:
-        raise ValueError(f"No task of this study is of {', '.join(models or read.models)}.")
+    for split in splits(read, models):
+        measurements = _measurements(split.loaded, split.task, split.setting, split.label, read)
+        for what, make, options in measurements:
+            key = part_key(split.loaded, split.model, split.task, options, split.seed, what)
+            rows += [{**split.names, **row} for row in kept.do(key, make)]
     table = pd.DataFrame(rows)
     return ExperimentResult(
         name="sufficiency",
