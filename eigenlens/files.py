@@ -35,7 +35,7 @@ _HEADER, _CHECKSUM = "eigenlens", "checksum"
 _FORMATS = dict.fromkeys(("scores", "control", "search state"), "3")
 _FORMATS |= dict.fromkeys(("frozen set", "spectra"), "4")  # places in the plain model
 _FORMAT = "2"
-_ROWS = 1 << 17  # of a table that are written and read at once
+_ROWS = 1 << 15  # of a table that are written and read at once
 
 
 class FileFormatError(ValueError):
@@ -336,7 +336,10 @@ def load_arrays(
         _check_whole(path, is_sealed(source))
         shapes = metadata.pop("arrays", {})
         plain = [name for name in file.schema_arrow.names if name not in shapes]
-        table = file.read(columns=plain).to_pandas()
+        # One column after the other, and each let go once pandas has it.
+        columns = file.read(columns=plain, use_threads=False)
+        table = columns.to_pandas(split_blocks=True, self_destruct=True)
+        del columns
         arrays = {
             name: _of_lists(file, name, width, dtype) for name, (width, dtype) in shapes.items()
         }

@@ -88,7 +88,7 @@ def test_numbers_config_and_versions_are_those_of_the_run(finished, tmp_path):
     (config,) = re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)
     (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
     assert el.EigenpruneConfig.from_yaml(tmp_path / "config.yaml") == result.config
-    assert f'<td data-value="{el.pipeline.versions()["torch"]}">' in text
+    assert f'<td data-value="{el.provenance.versions()["torch"]}">' in text
     assert result.scores.provenance.model_fingerprint in text
 
 
