@@ -41,6 +41,12 @@ def bench(
             help="What a chain will take, from shapes alone: of all that --make and --chain name."
         ),
     ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="The powers that the chain's time and memory grow with, into --out."
+        ),
+    ] = False,
     gpu: Annotated[
         bool, typer.Option("--gpu", help="The chain on a Llama-like model of 7 B on a GPU.")
     ] = False,
@@ -59,16 +65,21 @@ def bench(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file to write; folder of --make, --chain and --gpu.", callback=expanded
+            help="JSON file to write; folder of --make, --chain, --fit and --gpu.",
+            callback=expanded,
         ),
     ] = None,
 ) -> None:
     """Time a scoring pass against a training step, or make and time models of real sizes."""
     with clear_errors():
-        if sum((make is not None, chain is not None, plan is not None, gpu)) > 1:
-            raise ValueError("--make, --chain, --plan and --gpu are commands: give one of them.")
-        if out is None and (make is not None or chain is not None or gpu):
-            raise ValueError("--make, --chain and --gpu write into a folder: name it with --out.")
+        if sum((make is not None, chain is not None, plan is not None, fit, gpu)) > 1:
+            raise ValueError(
+                "--make, --chain, --plan, --fit and --gpu are commands: give one of them."
+            )
+        if out is None and (make is not None or chain is not None or fit or gpu):
+            raise ValueError(
+                "--make, --chain, --fit and --gpu write into a folder: name it with --out."
+            )
         size: dict[str, Any] = {"examples": examples, "tokens": tokens}
         size["batch_size"] = batch_size or 10
         if plan is not None:
@@ -77,6 +88,8 @@ def bench(
             _make(make, out, dtype, seed)
         elif out is not None and chain is not None:
             _chain(chain, out, dtype, device, size)
+        elif out is not None and fit:
+            _fit(out, size["batch_size"], seed)
         elif out is not None and gpu:
             _gpu(out, seed)
         else:
@@ -92,6 +105,18 @@ def _make(name: str, out: Path, dtype: str, seed: int) -> None:
     assert resolved is not None
     made = make_model(configuration(name), out, dtype=resolved, seed=seed)
     say(f"{'Written to' if made else 'Found whole in'} {out}")
+
+
+def _fit(out: Path, batch_size: int, seed: int) -> None:
+    from eigenlens.bench.growth import SIZES, growth
+
+    powers = growth(out, batch_size=batch_size, seed=seed)
+    table = Table("stage", "of", *SIZES)
+    for (stage, of), rows in powers.groupby(["stage", "of"], sort=False):
+        cells = (f"{r.power:.2f} ({r.low:.2f} … {r.high:.2f})" for r in rows.itertuples())
+        table.add_row(str(stage), str(of), *cells)
+    console.print(table)
+    say(f"Powers of a measure, with 95 % intervals. Written to {out / 'growth.json'}")
 
 
 def _gpu(out: Path, seed: int) -> None:

@@ -194,6 +194,7 @@ def test_the_command_makes_a_model_and_says_what_is_missing(tmp_path):
         (["--make", "gpt2-xl", "--chain", "x", "--out", "x"], "give one of them"),
         (["--plan", "gpt5"], "There is no configuration 'gpt5'"),
         (["--gpu"], "name it with --out"),
+        (["--fit"], "name it with --out"),
         (["--make", str(file), "--dtype", "int8", "--out", "x"], "no floating point type"),
     ):
         found = run(app, ["bench", *words])
