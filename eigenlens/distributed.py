@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -32,9 +32,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.errors import MissingPackageError, reason
 from eigenlens.models.packed import PackedModel
-from eigenlens.scoring.accumulators import Collected
-from eigenlens.scoring.shards import Job
+from eigenlens.scoring.shards import Part
 from eigenlens.spectra import Spectra
+
+T = TypeVar("T")
 
 RETRIES = 5  # of a task whose process or machine was lost
 _PARTS_PER_WORKER = 4  # what one loses with a process, and the steps of a progress bar
@@ -279,27 +280,32 @@ class Cluster:
                 f"was lost each time, killed or out of memory ({reason(error)})."
             ) from error
 
-    def sums(
-        self, model: TransformerBridge, spectra: Spectra, jobs: Sequence[Job], *, progress: bool
-    ) -> Iterator[Collected]:
-        """What each job found, in their order.
+    def run(
+        self,
+        model: TransformerBridge,
+        spectra: Spectra,
+        parts: Sequence[Part[T]],
+        *,
+        progress: bool,
+    ) -> Iterator[T]:
+        """What each part found, in their order.
 
         Raises:
-            Exception: whatever a job raised, as in this process.
+            Exception: whatever a part raised, as in this process.
             LostTaskError: see :meth:`results`.
         """
         scored = self._scored(model, spectra)
         tasks = [
-            Task(f"{job.name} {i + 1}/{len(jobs)}", _sums, (scored, job))
-            for i, job in enumerate(jobs)
+            Task(f"{part.name} {i + 1}/{len(parts)}", _on_model, (scored, part))
+            for i, part in enumerate(parts)
         ]
-        early: dict[int, Collected] = {}  # done before one that comes before it
+        early: dict[int, T] = {}  # done before one that comes before it
         due = 0
         try:
-            for number, sums in self.results(
-                tasks, name=jobs[0].name, unit="part", progress=progress
+            for number, found in self.results(
+                tasks, name=parts[0].name, unit="part", progress=progress
             ):
-                early[number] = sums
+                early[number] = found
                 while due in early:
                     yield early.pop(due)
                     due += 1
@@ -346,9 +352,9 @@ def _run(task: Task, threads: int) -> Any:
     return task.function(*task.arguments)
 
 
-def _sums(scored: _Shared, job: Job) -> Collected:
+def _on_model(scored: _Shared, part: Part[T]) -> T:
     model, spectra = scored.value()
-    return job.run(model, spectra, progress=False)
+    return part.run(model, spectra, progress=False)
 
 
 def _ray() -> Any:

@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.baselines.baseline import Search
+from eigenlens.baselines.baseline import Baseline, Search
 from eigenlens.baselines.edits import WeightEdit
 from eigenlens.baselines.training import Trainable, Trained, replaced
 from eigenlens.matrices import WeightMatrix, weight_matrices
@@ -202,6 +202,14 @@ class Lora(Adapters):
     name: str = "LoRA"
 
     _start: ClassVar[bool | str] = True
+
+    def parts(self, model: TransformerBridge) -> Sequence[Baseline]:
+        """One for each learning rate and rank."""
+        return [
+            replace(self, learning_rates=(rate,), ranks=(r,))
+            for rate in self.learning_rates
+            for r in self.ranks
+        ]
 
     def trainables(self, search: Search) -> Iterator[tuple[dict[str, Any], Trainable]]:
         """A fresh adapter per rank."""

@@ -7,6 +7,7 @@ at. How many candidates were measured on validation is the length of the trace.
 
 import html
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from eigenlens.evaluation import Evaluation, preference
 from eigenlens.metrics import check_eval_mode
 from eigenlens.provenance import same_weights
 from eigenlens.scoring import Scores
+from eigenlens.scoring.shards import Shards
 from eigenlens.spectra import Spectra
 from eigenlens.tasks import Task
 
@@ -134,6 +136,10 @@ class Baseline(ABC):
     def find(self, search: Search) -> None:
         """Hand every candidate to ``search.consider``."""
 
+    def parts(self, model: TransformerBridge) -> "Sequence[Baseline]":
+        """The same candidates, in their order, as searches that do not need one another."""
+        return (self,)
+
     def fit(
         self,
         model: TransformerBridge,
@@ -144,6 +150,7 @@ class Baseline(ABC):
         batch_size: int = 50,
         n_positions: int | None = None,
         shared: dict[str, Scores] | None = None,
+        shards: Shards | None = None,
     ) -> FitResult:
         """Search for an edit, choose it on validation, and measure what that cost.
 
@@ -157,11 +164,20 @@ class Baseline(ABC):
                 method scores; all for ``None``.
             shared: given to repetitions that differ in ``seed`` only, lets the second use the
                 scores of the first; the cost of those is then that of the first alone.
+            shards: a :class:`eigenlens.Cluster`, whose processes try the parts of a grid: learning
+                rates and ranks of what is trained, blocks of LASER.
 
         Raises:
             ValueError: a model in training mode, or what the baseline cannot do with this task.
         """
         check_eval_mode(model)
+        parts = () if shards is None else self.parts(model)
+        if shards is not None and len(parts) > 1:
+            options = {"seed": seed, "batch_size": batch_size, "n_positions": n_positions}
+            fits = [Fit(self.name, part, task, options) for part in parts]
+            with measured(model) as cost:
+                found = list(shards.run(model, spectra, fits, progress=False))
+            return _joined(found, cost.seconds)
         search = Search(
             model, spectra, task, seed, batch_size, n_positions, {} if shared is None else shared
         )
@@ -173,3 +189,32 @@ class Baseline(ABC):
         cost.parameters_changed = edit.parameters_changed
         cost.saved_bytes = saved_bytes(edit)
         return FitResult(self.name, edit, validation, pd.DataFrame(search.trace), cost)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A search that may be made in another process."""
+
+    name: str
+    baseline: Baseline
+    task: Task
+    options: dict[str, Any]
+
+    def run(self, model: TransformerBridge, spectra: Spectra, *, progress: bool) -> FitResult:
+        """Fit the baseline."""
+        return self.baseline.fit(model, spectra, self.task, **self.options)
+
+
+def _joined(parts: Sequence[FitResult], seconds: float) -> FitResult:
+    """The result of one search over the candidates of all; the first of equals wins, as in one."""
+    best = max(parts, key=lambda part: rank(part.edit, part.validation))
+    passes = {
+        name: sum(getattr(part.cost, name) for part in parts)
+        for name in ("forward_passes", "forward_examples", "backward_passes", "backward_examples")
+    }
+    memory = max(part.cost.peak_memory_mb for part in parts)
+    return replace(
+        best,
+        trace=pd.concat([part.trace for part in parts], ignore_index=True),
+        cost=replace(best.cost, seconds=seconds, peak_memory_mb=memory, **passes),
+    )

@@ -11,8 +11,8 @@ the largest fall are then tried. Of that paper's further steps, clustering rows 
 factorisation is not done here.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import scipy.linalg
 import torch
@@ -117,6 +117,11 @@ class Laser(Baseline):
 
     def __post_init__(self) -> None:
         _check_keep(self.keep)
+
+    def parts(self, model: TransformerBridge) -> Sequence[Baseline]:
+        """One for each block."""
+        layers = sorted({m.layer for m in weight_matrices(model, self.matrices, self.layers)})
+        return [replace(self, layers=(layer,)) for layer in layers]
 
     def find(self, search: Search) -> None:
         """One candidate per matrix and rank."""

@@ -74,6 +74,10 @@ class Trained(Baseline):
     def trainables(self, search: Search) -> Iterable[tuple[dict[str, Any], Trainable]]:
         """Fresh numbers for each setting of the other hyper-parameters."""
 
+    def parts(self, model: TransformerBridge) -> Sequence[Baseline]:
+        """One for each learning rate."""
+        return [replace(self, learning_rates=(rate,)) for rate in self.learning_rates]
+
     def find(self, search: Search) -> None:
         """One run per learning rate and setting, one candidate per epoch, or per run if bounded."""
         protect = self._protection(search.model)

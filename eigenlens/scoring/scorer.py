@@ -230,7 +230,7 @@ class _Scorer:
         """A pass over all examples."""
         parts = self.plan.parts(self.shards.count)
         jobs = [Job(name, part, self.metric, work) for part in parts]
-        found = self.shards.sums(self.model, self.spectra, jobs, progress=self.progress)
+        found = self.shards.run(self.model, self.spectra, jobs, progress=self.progress)
         return merged(found)
 
     def streaming(self, memory_gb: float | None, *, to_zero: bool = False) -> Statistics:

@@ -1,4 +1,4 @@
-"""Parts of the examples of a scoring run, and where they are worked on.
+"""Parts of the examples of a scoring run, and where parts of any work on a model are done.
 
 A :class:`Job` is one pass over a part of the examples. What it returns are sums, which
 :func:`eigenlens.scoring.accumulators.merged` adds up.
@@ -6,7 +6,7 @@ A :class:`Job` is one pass over a part of the examples. What it returns are sums
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from eigenlens.bridges import TransformerBridge
 from eigenlens.metrics import Metric
@@ -51,18 +51,39 @@ class Job:
         return found
 
 
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Part(Protocol[T_co]):
+    """Work on a model, such as a :class:`Job`, that can be sent to another process."""
+
+    @property
+    def name(self) -> str:
+        """For progress bars."""
+
+    def run(self, model: TransformerBridge, spectra: Spectra, *, progress: bool) -> T_co:
+        """Do it."""
+
+
 @runtime_checkable
 class Shards(Protocol):
-    """Where the parts of the examples are worked on."""
+    """Where parts are worked on."""
 
     @property
     def count(self) -> int:
         """How many parts to make, at most."""
 
-    def sums(
-        self, model: TransformerBridge, spectra: Spectra, jobs: Sequence[Job], *, progress: bool
-    ) -> Iterator[Collected]:
-        """What each job found, in their order."""
+    def run(
+        self,
+        model: TransformerBridge,
+        spectra: Spectra,
+        parts: Sequence[Part[T]],
+        *,
+        progress: bool,
+    ) -> Iterator[T]:
+        """What each part found, in their order."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +96,14 @@ class InTurn:
         if self.count < 1:
             raise ValueError(f"shards={self.count}: at least 1 is needed.")
 
-    def sums(
-        self, model: TransformerBridge, spectra: Spectra, jobs: Sequence[Job], *, progress: bool
-    ) -> Iterator[Collected]:
-        """What each job found, in their order."""
-        for job in jobs:
-            yield job.run(model, spectra, progress=progress)
+    def run(
+        self,
+        model: TransformerBridge,
+        spectra: Spectra,
+        parts: Sequence[Part[T]],
+        *,
+        progress: bool,
+    ) -> Iterator[T]:
+        """What each part found, in their order."""
+        for part in parts:
+            yield part.run(model, spectra, progress=progress)
