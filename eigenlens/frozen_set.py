@@ -161,7 +161,7 @@ class FrozenSet:
             ValueError: its directions follow from data or weights that are not here.
         """
         self.check_model(model, allow_dtype=allow_dtype)
-        if self.directions is None and self.spectra is None and len(self):
+        if not self.has_directions:
             if self.provenance.model_fingerprint != model_fingerprint(model):
                 raise ValueError(
                     "Weights of another dtype have other directions: save this FrozenSet with "
@@ -184,7 +184,7 @@ class FrozenSet:
             UnplacedError: it holds no directions, or does not know where they lie.
         """
         made = self.provenance.plain
-        if made is None or (self.directions is None and self.spectra is None and len(self)):
+        if made is None or not self.has_directions:
             raise UnplacedError(
                 "This edit does not say where its directions lie in a plain model: write it with "
                 "save(path, directions=True) where TransformerLens is installed."
@@ -202,6 +202,11 @@ class FrozenSet:
                 )
             found[name] = part.to(part.place.weight(model).device)
         return found
+
+    @property
+    def has_directions(self) -> bool:
+        """Whether the directions of all its components are here, and need not be found anew."""
+        return self.directions is not None or self.spectra is not None or not len(self)
 
     def _directions(self) -> Mapping[str, Directions]:
         if self.directions is not None or self.spectra is None:
@@ -248,7 +253,7 @@ class FrozenSet:
             "provenance": self.provenance.model_dump(),
         }
         if directions or self.basis == "pca":
-            if self.directions is None and self.spectra is None and len(self):
+            if not self.has_directions:
                 raise ValueError("This set holds no directions to save.")
             own = self._directions()
             metadata["sites"] = {name: d.header() for name, d in own.items()}

@@ -53,9 +53,12 @@ class SearchResult:
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``frozen.safetensors``, ``trace.parquet`` and ``protected.parquet``."""
+        """Write ``frozen.safetensors``, ``trace.parquet`` and ``protected.parquet``.
+
+        The set carries its directions, if it has them: who takes it home needs no decomposition.
+        """
         folder = Path(folder)
-        self.frozen.save(folder / "frozen.safetensors")
+        self.frozen.save(folder / "frozen.safetensors", directions=self.frozen.has_directions)
         save_table(folder / "protected.parquet", "protected", self.protected, {})
         save_table(folder / "trace.parquet", "trace", self.trace, {"method": self.method})
 
