@@ -8,6 +8,10 @@
   another repetition may be expected to have. Repetitions that share examples, or whose examples
   share a fit, are no independent examples: the spread between them counts, and few of them say
   little (the design effect with t in place of z, E. L. Korn and B. I. Graubard 1998).
+
+Near 0 and 100 % they cover less than 95 %: around a true 97 %, intervals of three seeds that
+scatter hold it in 0.79 of all draws (simulated in ``tests/test_statistics.py``), and Wilson's of 50
+examples at worst in 0.84.
 """
 
 from collections.abc import Sequence

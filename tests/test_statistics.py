@@ -97,6 +97,20 @@ def test_seeds_are_covered_and_would_not_be_by_adding_them_up(seeds, share, spre
         assert coverage(naive, share, spread, seeds, shared) < 0.88
 
 
+def test_near_all_right_intervals_cover_less_than_they_say():
+    """The figures that the docs tell: seeds which are all right show no spread."""
+
+    def interval(right):
+        return repeated_interval(right.tolist(), [50] * 3, 150)
+
+    assert coverage(interval, 0.97, 0.1, 3, False, n_runs=2000) == pytest.approx(0.79, abs=0.03)
+    bounds = np.array([wilson_interval(right, 50) for right in range(51)])
+    shares = np.linspace(0.9, 0.9999, 1000)[:, None]
+    covered = (bounds[:, 0] <= shares) & (shares <= bounds[:, 1])
+    chances = scipy.stats.binom.pmf(np.arange(51), 50, shares)
+    assert (covered * chances).sum(1).min() == pytest.approx(0.84, abs=0.005)
+
+
 def test_repeated_interval_by_hand():
     """54, 32 and 20 % are not 35 % of 150 independent examples."""
     low, high = repeated_interval([27, 16, 10], [50] * 3, 150)
