@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from eigenlens.evaluation import wilson_interval
 from eigenlens.paper import plots as paper_plots
+from eigenlens.paper.studies.repetitions import accuracy
 
 figures = Path("../figures")
 stored = {path.stem: pd.read_parquet(path) for path in sorted(figures.glob("*.parquet"))}
@@ -30,35 +30,36 @@ pd.Series({name: len(table) for name, table in stored.items()}, name="measuremen
 # %% [markdown]
 # ## One row per method
 #
-# A study has a row per model, task, seed (a split into train, validation and test) and method. We
-# add right answers up over seeds and give Wilson 95 % intervals; of methods that were drawn at
-# random several times, the mean draw counts. Steps of a search on the way, and measurements on
-# other data, are left out.
+# A study has a row per model, task, seed (a split into train, validation and test) and method, and
+# per draw of what was drawn at random. Means and 95 % intervals are those of the studies' pages: of
+# one split for further examples, of several splits or draws for the mean over further ones, which
+# grow with the spread between them. Steps of a search on the way, and measurements on other data,
+# are left out.
 
 
 # %%
 def final(table: pd.DataFrame) -> pd.DataFrame:
     """The last measurement of every method on its own task, under one set of names."""
-    names = {"right": "test_right", "n": "test_n", "parameters_changed": "parameters"}
+    names = {"test_right": "right", "test_n": "n", "parameters_changed": "parameters"}
     if "parameters_changed" not in table:
         names["components"] = "parameters"
     table = table.rename(columns=names)
     for column, value in (("step", -1), ("data", "")):
         if column in table:
             table = table[table[column] == value]
-    return table if "draw" in table else table.assign(draw=0)
+    return table
 
 
 def per_method(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracy with its interval, time, and numbers set, by model, task and method."""
     rows = []
     for place, own in final(table).groupby(["model", "label", "method"], sort=False):
-        right, n = own[["test_right", "test_n"]].astype(int).sum() / own["draw"].nunique()
-        low, high = wilson_interval(round(right), round(n))
+        found = accuracy(own)
+        low, high = found.interval
         means = own[["seconds", "parameters"]].astype(float).mean()
         row = dict(zip(["model", "label", "method"], place, strict=True))
-        row |= {"accuracy": right / n, "low": low, "high": high, "n": round(n)}
-        rows.append({**row, "seeds": own["seed"].nunique(), **means})
+        row |= {"accuracy": found.mean, "low": low, "high": high, "each seed (%)": found.each}
+        rows.append({**row, **means})
     return pd.DataFrame(rows)
 
 
@@ -88,8 +89,8 @@ paper_plots.methods(searches.query("label == '? as product'"))
 
 # %%
 tables = [table.assign(study=name) for name, table in summaries.items()]
-columns = ["study", "label", "method", "accuracy", "low", "high", "n", "seconds", "parameters"]
-everything = pd.concat(tables)[["model", *columns]]
+columns = ["accuracy", "low", "high", "each seed (%)", "seconds", "parameters"]
+everything = pd.concat(tables)[["model", "study", "label", "method", *columns]]
 everything.round({"accuracy": 3, "low": 3, "high": 3, "seconds": 1, "parameters": 0})
 
 # %% [markdown]
@@ -113,12 +114,12 @@ changes = []
 for reading in ("product", "sum"):
     own = shares.loc[reading]
     for tested, name in (("?", "test"), ("+", "+"), ("x", "x")):
-        accuracy = own[f"{name}_right"] / own[f"{name}_n"]
+        share = own[f"{name}_right"] / own[f"{name}_n"]
         changes += [
             {
                 "learned_on": f"? as {reading}: {method}",
                 "tested_on": tested,
-                "change": accuracy[method] - accuracy["before"],
+                "change": share[method] - share["before"],
             }
             for method in chosen
         ]
