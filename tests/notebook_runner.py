@@ -61,14 +61,16 @@ def executed(script: Path, manager: AsyncKernelManager) -> NotebookNode:
     """
     notebook = jupytext.read(script)
     notebook.cells.insert(0, new_code_cell("%reset -f"))
-    NotebookClient(
+    client = NotebookClient(
         notebook,
         km=manager,
         timeout=900,
         record_timing=False,
         coalesce_streams=True,
         skip_cells_with_tag=LIVE,
-    ).execute()
+    )
+    client.execute()
+    client.kc.stop_channels()  # the kernel goes on
     del notebook.cells[0]
     return _tidy(notebook)
 

@@ -18,6 +18,7 @@ from eigenlens.scoring.accumulators import CrossSums, EffectSums
 from eigenlens.search.gate_training import _Training
 from eigenlens.tasks import make_batches
 
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 TRANSFORMERS_MASK = "eigenlens.metrics.answer_logits"  # transformers asks whether rows are padded
 
 

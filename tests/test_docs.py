@@ -50,7 +50,7 @@ def commands():
                     yield pytest.param(words[1:], id=f"{name(page)}: {' '.join(words[1:4])}")
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_commands_are_understood(words):
     """By the program itself, which is not run: an option that it does not know is an error."""
     group = typer.main.get_command(app)

@@ -216,7 +216,7 @@ def test_the_command_writes_what_the_function_does(made_up, tmp_path, monkeypatc
     for name, text in files.items():
         there = (tmp_path / "b" / name).read_bytes()
         assert there.replace(b"/b/", b"/a/") == text
-    rows = [json.loads(line) for line in (tmp_path / "a" / "wikitext.jsonl").open()]
+    rows = list(map(json.loads, (tmp_path / "a" / "wikitext.jsonl").read_text().splitlines()))
     wanted = el.load_task("wikitext", data=made_up).test
     assert rows == [{name: row[name] for name in ("prompt", "answer")} for row in wanted]
     monkeypatch.setenv("EIGENLENS_DATA", str(made_up))

@@ -104,8 +104,9 @@ def run(monkeypatch, tasks, tmp_path):
         eigenlens.lm_eval.main()
         (found,) = tmp_path.glob("out_*.json")
         samples = {
-            name: [json.loads(line) for line in next(tmp_path.glob(f"*{name}*.jsonl")).open()]
+            name: list(map(json.loads, path.read_text().splitlines()))
             for name in TASKS
+            for path in tmp_path.glob(f"*{name}*.jsonl")
         }
         return json.loads(found.read_text())["results"], samples
 

@@ -55,7 +55,8 @@ def test_adapters_take_turns(tiny, tiny_folder):
     for name, logits in zip(("default", "other"), wanted, strict=True):
         wrapped.set_adapter(name)
         torch.testing.assert_close(predicted(wrapped), logits, rtol=1e-9, atol=1e-9)
-    wrapped.delete_adapter("other")
+    with pytest.warns(UserWarning, match="Adapter other was active which is now deleted"):
+        wrapped.delete_adapter("other")
     wrapped.set_adapter("default")
     torch.testing.assert_close(predicted(wrapped), wanted[0], rtol=1e-9, atol=1e-9)
     base = wrapped.unload()
