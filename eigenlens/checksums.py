@@ -12,6 +12,7 @@ import xxhash
 from torch import Tensor
 
 _SIZE = 16  # bytes of a digest
+_CHUNK = 1 << 24  # bytes at once
 _TAIL = 8  # bytes behind the footer of a parquet file: its length, and "PAR1"
 
 
@@ -21,9 +22,16 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel() and not tensor.is_meta:  # a model on paper has no bytes
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().data)
+            for part in _slices(tensor.detach()):
+                flat = part.cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _slices(tensor: Tensor) -> Iterator[Tensor]:
+    """Along the first axis, some megabytes each: of what is transposed or elsewhere, a copy."""
+    rows = tensor if tensor.ndim else tensor[None]
+    return iter(rows.split(max(1, _CHUNK // (rows[0].numel() * rows.element_size()))))
 
 
 def hash_files(paths: Iterable[Path]) -> str:
@@ -31,7 +39,7 @@ def hash_files(paths: Iterable[Path]) -> str:
     digest = xxhash.xxh3_128()
     for path in paths:
         with path.open("rb") as handle:
-            for chunk in iter(lambda: handle.read(1 << 24), b""):
+            for chunk in iter(lambda: handle.read(_CHUNK), b""):
                 digest.update(chunk)
     return digest.hexdigest()
 
@@ -71,7 +79,7 @@ def is_sealed(file: BinaryIO) -> bool:
 def _chunks(file: BinaryIO, stop: int) -> Iterator[bytes]:
     """The bytes of a file up to a place, some megabytes at once."""
     file.seek(0)
-    while stop > 0 and (chunk := file.read(min(1 << 24, stop))):
+    while stop > 0 and (chunk := file.read(min(_CHUNK, stop))):
         stop -= len(chunk)
         yield chunk
 

@@ -270,6 +270,29 @@ def test_passages_are_those_of_examples(finished, copy):
                 assert shown.split("\n") == expected
 
 
+def test_the_edit_scaled_back_is_that_of_frontier(finished, copy):
+    """Where there is text besides the task's own: half of it chooses, half of it reports."""
+    _, result = finished
+    assert "table-rewound" not in page_html(finished[0])  # it protected another task, and no text
+    model, task = pipeline.load_as(result.config)
+    write_report(copy, text=task.test, progress=False)
+    halves = (task.test.select(range(first, len(task.test), 2)) for first in (0, 1))
+    options = {"batch_size": result.config.batch_size, "progress": False}
+    found = el.frontier(model, {"it": result.frozen}, task, *halves, **options).show()
+    (table,) = re.findall(r'<table [^>]*id="table-rewound".*?</table>', page_html(copy), re.S)
+    rows = re.findall(r"<tr>(<td.*?)</tr>", table, re.S)
+    shown = [[re.sub("<.*?>", "", c) for c in re.findall(r"<td.*?</td>", r, re.S)] for r in rows]
+    assert len(shown) == len(found)
+    for (strength, components, accuracy, harm, chosen), row in zip(
+        shown, found.itertuples(), strict=True
+    ):
+        assert (float(strength), int(components)) == (row.strength, row.components)
+        assert accuracy == f"{row.test_accuracy:.1%}"
+        assert float(harm.replace("−", "-")) == pytest.approx(row.test_harm, abs=1e-4)
+        assert chosen == ("chosen" if row.chosen else "")
+    assert 'id="figure-frontier"' in page_html(copy)
+
+
 def test_groups_are_those_of_groups(finished, page):
     _, result = finished
     model, task = pipeline.load_as(result.config)

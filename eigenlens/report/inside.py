@@ -14,6 +14,7 @@ from eigenlens.circuits.examples import examples_of
 from eigenlens.circuits.nodes import make_nodes, score_rows
 from eigenlens.circuits.readout import token_summary
 from eigenlens.config import EigenpruneConfig
+from eigenlens.frontiers import Frontier, frontier
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.pipeline import load_as
 from eigenlens.provenance import data_hash
@@ -48,6 +49,8 @@ class Inside:
         examples: passages of ``text`` for each of them.
         text: what was read, in words.
         groups: of all frozen components, on training examples; ``None`` if there are too many.
+        frontier: the edit at strengths from the whole of it to nothing, by accuracy and harm to
+            text; ``None`` without text besides the task's own.
     """
 
     activations: ActivationChange
@@ -57,6 +60,7 @@ class Inside:
     examples: dict[str, Examples]
     text: str
     groups: Groups | None
+    frontier: Frontier | None
 
 
 def look_inside(
@@ -72,8 +76,7 @@ def look_inside(
     Args:
         result: the run.
         model, task: those of the run (default: loaded as the run did).
-        text: passages to look for examples in (default: the model's own text if the run protected
-            it, else the training examples).
+        text: as for :func:`eigenlens.report.write_report`.
         progress: show progress bars.
 
     Raises:
@@ -98,13 +101,14 @@ def look_inside(
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
     changed = activation_change(model, frozen, test, **options)
     if not len(frozen):
-        return Inside(changed, None, 0, pd.DataFrame(), {}, "", None)
+        return Inside(changed, None, 0, pd.DataFrame(), {}, "", None, None)
     spectra = result.scores.spectra_on(model)
     scores = replace(result.scores, spectra=spectra)
     strongest = _strongest(frozen, scores)
     paths = circuit(model, scores, train, strongest, **options)
     nodes = _described(model, scores, frozen, paths)
-    passages, what = _text(model, task, config, text)
+    other = _text(model, config, text)
+    passages, what = other or (task.train, "training examples of the task")
     passages = passages.select(range(min(MOST_READ, len(passages))))
     asked = make_nodes(spectra, nodes)
     found = examples_of(model, asked, passages, top=_PASSAGES, around=_AROUND, **options)
@@ -113,23 +117,45 @@ def look_inside(
         count = min(12, max(2, len(frozen) // 3))
         singles = len(frozen) <= MOST_FROZEN  # a pass each
         joined = groups(model, spectra, frozen, train, count=count, singles=singles, **options)
-    return Inside(changed, paths, len(strongest), nodes, found, f"{len(passages)} {what}", joined)
+    return Inside(
+        changed,
+        paths,
+        len(strongest),
+        nodes,
+        found,
+        f"{len(passages)} {what}",
+        joined,
+        _rewound(model, frozen, task, passages, options) if other and len(passages) > 1 else None,
+    )
+
+
+def _rewound(
+    model: TransformerBridge,
+    frozen: FrozenSet,
+    task: Task,
+    passages: Dataset,
+    options: dict[str, Any],
+) -> Frontier:
+    """The edit at several strengths; one half of the passages chooses, the other reports."""
+    halves = (passages.select(range(first, len(passages), 2)) for first in (0, 1))
+    return frontier(model, {"the edit": frozen}, task, *halves, **options)
 
 
 def _text(
-    model: TransformerBridge, task: Task, config: EigenpruneConfig, given: Dataset | None
-) -> tuple[Dataset, str]:
-    """Passages to look for examples in, and what they are."""
+    model: TransformerBridge, config: EigenpruneConfig, given: Dataset | None
+) -> tuple[Dataset, str] | None:
+    """Text besides the task's own that the search did not see, if there is any, in words."""
     if given is not None:
         return given, "passages of the text that was given"
     protected = {OWN_TEXT: {}} if config.protect is None else config.protect
-    if OWN_TEXT in protected:
-        try:  # as the run did, so that what it sampled is found on disk
-            text = own_text(model, **{"seed": config.seed} | protected[OWN_TEXT])
-            return text, "passages that the model wrote itself"
-        except OwnTextError:
-            pass
-    return task.train, "training examples of the task"
+    if OWN_TEXT not in protected:
+        return None
+    drawn = {"seed": config.seed} | protected[OWN_TEXT]
+    try:
+        text = own_text(model, **drawn | {"seed": drawn["seed"] + 1})
+    except OwnTextError:
+        return None
+    return text, "passages that the model wrote itself, drawn anew"
 
 
 def _described(

@@ -49,7 +49,8 @@ def write_report(
         model: that of the run; needed where it had it from memory, and else loaded again.
         task: likewise.
         text: passages in which to look for what components answer to, as prompts and answers
-            (default: the model's own text if the run protected it, else the training examples).
+            (default: the model's own text, drawn anew, if the run protected own text, else the
+            training examples), and to measure the harm of the edit on, scaled back or whole.
         inside: draw activations and the circuit of pruned paths, which takes the model. Where that
             is not possible, the page says why and has everything else.
         progress: show progress bars.
@@ -117,6 +118,7 @@ def _render(
         changed=changed,
         n_changed=n_changed,
         spared=_spared(result.search.protected),
+        rewound=_rewound(found),
         against=_against(found),
         answers=_answers(found),
         groups=_groups(found),
@@ -138,6 +140,8 @@ def _figures(result: EigenpruneResult, found: Inside | None) -> dict[str, str]:
         drawn["map"] = plots.pruned_map(frozen, scores)
     if found is not None:
         drawn["activations"] = plots.activation_change(found.activations)
+        if found.frontier is not None:
+            drawn["frontier"] = plots.frontier(found.frontier)
         if found.paths is not None:
             drawn["circuit"] = plots.circuit(found.paths)
     return {name: fragment(figure, f"figure-{name}") for name, figure in drawn.items()}
@@ -234,6 +238,30 @@ def _spared(protected: pd.DataFrame) -> Table | None:
             "loss after": ".3f",
             "accuracy before": ".1%",
             "accuracy after": ".1%",
+        },
+    )
+
+
+def _rewound(found: Inside | None) -> Table | None:
+    """The edit at the strengths that no other beats, down to none."""
+    if found is None or found.frontier is None:
+        return None
+    table = found.frontier.show()[
+        ["strength", "components", "test_accuracy", "test_harm", "chosen"]
+    ]
+    return make_table(
+        table.assign(chosen=table["chosen"].map({True: "chosen", False: ""})).rename(
+            columns={"test_accuracy": "test accuracy", "test_harm": "harm"}
+        ),
+        "The edit scaled back, at the strengths that are best for some harm on validation data: "
+        "harm is the rise of the loss on text that nothing else saw, in nats per token; chosen is "
+        f"the most accurate on validation within {found.frontier.bound:g}",
+        {
+            "strength": ".1f",
+            "components": "d",
+            "test accuracy": ".1%",
+            "harm": ".4f",
+            "chosen": "",
         },
     )
 
