@@ -30,6 +30,9 @@ RESOLUTION = 1e-12
 # Singular values below this share of the largest are found apart from it.
 TAIL = 1e-3
 
+# Bases whose σ are singular values, and whose components lie in their order.
+SINGULAR = ("svd", "qk_ov")
+
 Small = Float[Tensor, "head width far"]
 Basis = Float[Tensor, "head width k"]
 

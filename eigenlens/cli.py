@@ -50,6 +50,9 @@ def run(
         bool | None,
         typer.Option("--skip-unsupported", help="Decompose what is dense of a model that is not."),
     ] = None,
+    basis: Annotated[
+        str | None, typer.Option(help="svd, qk_ov (joint maps QK, OV), random, neurons or pca.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="paper; options override it.")] = None,
     search: Annotated[
         str | None, typer.Option(help="one_shot, iterative, guarded or learned.")
@@ -111,6 +114,7 @@ def run(
             "matrices": split(matrices),
             "layers": split(layers, int),
             "skip_unsupported": skip_unsupported,
+            "basis": basis,
             "search": search,
             "search_args": pairs(search_arg, "--search-arg") if search_arg else None,
             "protect": {name: {} for name in protect if name != "none"} if protect else None,

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from eigenlens.decomposition import Basis
+from eigenlens.decomposition import Basis, kinds_of
 from eigenlens.errors import problems
 from eigenlens.files import read_yaml
 from eigenlens.scoring import Criterion, Reference
@@ -83,6 +83,11 @@ class EigenpruneConfig(BaseModel):
     def _check_search_args(cls, args: dict[str, Any], info: Any) -> dict[str, Any]:
         # ``info`` is pydantic's ValidationInfo, a protocol that cannot be checked at run time.
         return _valid_options(info.data["search"], args) if "search" in info.data else args
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> "EigenpruneConfig":
+        kinds_of(self.basis, self.matrices)
+        return self
 
     @model_validator(mode="after")
     def _check_search(self) -> "EigenpruneConfig":

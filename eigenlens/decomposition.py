@@ -17,6 +17,7 @@ from eigenlens.bridges import TransformerBridge
 from eigenlens.matrices import (
     JOINT,
     JOINT_KINDS,
+    MATRIX_KINDS,
     Site,
     WeightMatrices,
     WeightMatrix,
@@ -30,6 +31,7 @@ from eigenlens.spectra import Spectra, Spectrum
 from eigenlens.tasks.batches import Batch, make_batches
 
 Basis = Literal["svd", "qk_ov", "random", "neurons", "pca"]
+_KINDS_OF = {"qk_ov": JOINT_KINDS, "neurons": ("W_out",)}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -86,6 +88,21 @@ def decompose(
     return spectra
 
 
+def kinds_of(basis: str, matrices: Iterable[str] | None) -> tuple[str, ...] | None:
+    """The kinds of matrices that a basis is asked for; ``None`` for all that a model has.
+
+    Raises:
+        ValueError: one that this basis does not have.
+    """
+    own = _KINDS_OF.get(basis)
+    if matrices is None:
+        return own
+    try:
+        return checked_kinds(matrices, own or MATRIX_KINDS)
+    except ValueError as error:
+        raise ValueError(f"basis={basis!r}: {error}") from error
+
+
 def decomposed_again(
     model: TransformerBridge, components: pd.DataFrame, basis: str, seed: int | None
 ) -> Spectra:
@@ -122,8 +139,9 @@ def _makers(
     cached: bool,
 ) -> list[Callable[[], Spectrum]]:
     """What makes each decomposition, in the order of the model."""
+    kinds = kinds_of(basis, matrices)
     if basis == "qk_ov":
-        kinds = checked_kinds(matrices, JOINT_KINDS) or JOINT_KINDS
+        assert kinds is not None
         maps = {m.name: m for m in listed(["W_Q", "W_K", "W_V", "W_O"])}
         _check_finite(maps.values())
         return [
@@ -132,13 +150,9 @@ def _makers(
             for kind in kinds
             if m.kind == JOINT[kind][0] and f"blocks.{m.layer}.{JOINT[kind][1]}" in maps
         ]
-    if basis == "neurons" and matrices is None:
-        matrices = ["W_out"]
-    found = listed(matrices)
+    found = listed(kinds)
     _check_finite(found)
     if basis == "neurons":
-        if any(m.kind != "W_out" for m in found):
-            raise ValueError("basis='neurons' is that of the input of W_out: name no other matrix.")
         return [partial(bases.neurons, m, dtype or working_dtype(m)) for m in found]
     if basis == "random":
         return [partial(bases.random, m, dtype or working_dtype(m), seed) for m in found]

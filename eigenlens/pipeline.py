@@ -188,7 +188,8 @@ def _score(
     stages: Stages,
     progress: bool,
 ) -> Scores:
-    spectra = _spectra(model, task, config, stages, progress)
+    with stages.timed("decompose"):
+        spectra = spectra_of(model, task, config, progress=progress)
     scores = score(
         model,
         spectra,
@@ -214,18 +215,14 @@ def _score(
         )
 
 
-def _spectra(
-    model: TransformerBridge,
-    task: Task,
-    config: EigenpruneConfig,
-    stages: Stages,
-    progress: bool,
+def spectra_of(
+    model: TransformerBridge, task: Task, config: EigenpruneConfig, *, progress: bool = True
 ) -> Spectra:
+    """The decomposition that a configuration asks for; ``pca`` is that of the train split."""
     data = task.train if config.basis == "pca" else None
     options: dict[str, Any] = {"basis": config.basis, "seed": config.seed, "data": data}
     options["skip_unsupported"] = config.skip_unsupported
-    with stages.timed("decompose"):
-        return decompose(model, config.matrices, config.layers, **options, progress=progress)
+    return decompose(model, config.matrices, config.layers, **options, progress=progress)
 
 
 def _left_out(model: TransformerBridge, config: EigenpruneConfig) -> tuple[str, ...]:
@@ -244,7 +241,8 @@ def _search(
     progress: bool,
 ) -> SearchResult:
     if scores.spectra is None:  # read back from the run folder
-        scores = replace(scores, spectra=_spectra(model, task, config, stages, progress))
+        with stages.timed("decompose"):
+            scores = replace(scores, spectra=spectra_of(model, task, config, progress=progress))
     options: dict[str, Any] = {"batch_size": config.batch_size, **config.search_args}
     with stages.timed("protect"):
         protect = _protection(model, config)

@@ -7,6 +7,8 @@ import torch
 from tiny_models import EQUAL, MIXED
 
 import eigenlens as el
+from eigenlens.circuits.nodes import make_nodes
+from eigenlens.circuits.readout import token_summary
 from eigenlens.spectra import COMPONENT
 
 QUIET = {"progress": False}
@@ -81,6 +83,22 @@ def test_pairs_of_a_qk_component_are_those_of_its_part_of_the_joint_map(tiny):
     np.testing.assert_allclose(abs(e @ u[:, 1]).max(), query["score"].abs().max())
     np.testing.assert_allclose(abs(e @ vh[1]).max(), key["score"].abs().max())
     assert len(query) + len(key) == len(found.reads)
+
+
+def test_the_summary_of_a_qk_component_names_the_tokens_of_either_side(tiny):
+    model = tiny("llama")
+    spectra = decomposed(model, "qk_ov")
+    nodes = make_nodes(spectra, table((0, "QK", 3, 1)))
+    (row,) = token_summary(model, nodes, top=3).to_dict("records")
+    e = tokens(model, 0)
+    w_q, w_k = weights(model, 0, "W_Q", "W_K")
+    s = spectra["blocks.0.QK"]
+    sides = {"query": e @ w_q[3] @ s.read[3, :, 1], "key": e @ w_k[1] @ s.write[3, 1]}
+    expected = [
+        f"{side}: {' '.join(model.tokenizer.decode([t]) for t in scores.topk(3).indices.tolist())}"
+        for side, scores in sides.items()
+    ]
+    assert row["reads"] == "; ".join(expected)
 
 
 def test_what_an_ov_component_reads_and_promotes_are_both_sides_of_the_joint_map(tiny):

@@ -286,6 +286,8 @@ def test_options_of_the_same_search_add_up_and_of_another_do_not(config, tmp_pat
         (["--fraction", "much"], "comma-separated"),
         (["--criterion", "median"], "criterion"),
         (["--matrices", "W_X"], "Unknown matrix kind"),
+        (["--basis", "fourier"], "basis"),
+        (["--basis", "qk_ov", "--matrices", "W_K"], "choose from QK, OV"),
         (["--layers", "9"], "Unknown layer 9"),
         (["--task", "int_sub"], "Unknown task"),
         (["--task-arg", "high"], "key=value"),

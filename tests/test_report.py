@@ -220,6 +220,32 @@ def test_what_is_no_finished_run_is_refused_with_what_to_do(copy, tmp_path):
     assert not (copy / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("basis", "what"),
+    [
+        ("qk_ov", "joint maps (QK: W_Q W_Kᵀ, OV: W_V W_O)"),
+        ("neurons", "neurons"),
+        ("pca", "principal components of the activations"),
+    ],
+)
+def test_a_run_in_another_basis_has_a_whole_report(tmp_path, basis, what):
+    """With the directions, those of ``pca`` as well, which follow from data."""
+    search = {"search": "one_shot", "search_args": {"fractions": [0.01, 0.02]}}
+    config = CONFIG.model_copy(update={**search, "basis": basis, "protect": {}, "refine": 0})
+    result = pipeline.run(config, tmp_path, progress=False)
+    write_report(tmp_path, progress=False)
+    text = page_text(tmp_path)
+    assert f"of {result.frozen.n_candidates:,} " in text
+    assert f"{what} were" in text
+    assert 'id="figure-circuit"' in text
+    kinds = set(result.frozen.components["matrix"])
+    assert kinds <= {"qk_ov": {"QK", "OV"}, "neurons": {"W_out"}}.get(basis, kinds)
+    assert bool(re.search(r"query: [^;<]+; key: [^;<]+", text)) == (basis == "qk_ov")
+    with visit(tmp_path / "report.html", 1200) as page:
+        assert page.problems == []
+        assert faults_of_text(page, smallest=12) == []
+
+
 def test_texts_of_a_task_stay_texts(copy):
     """A prompt with markup is shown letter by letter and runs nothing."""
     nasty = "</td></script><script>document.title='run'</script><b>&amp;"

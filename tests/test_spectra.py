@@ -121,7 +121,9 @@ def test_unknown_kinds_layers_and_bases(tiny):
         el.decompose(model, basis="pca")
     with pytest.raises(ValueError, match="Unknown matrix kind 'W_K'; choose from QK, OV"):
         el.decompose(model, ["W_K"], basis="qk_ov")
-    with pytest.raises(ValueError, match="input of W_out"):
+    with pytest.raises(
+        ValueError, match="basis='neurons': Unknown matrix kind 'W_in'; choose from W_out"
+    ):
         el.decompose(model, ["W_in"], basis="neurons")
 
 

@@ -163,8 +163,8 @@ def token_summary(model: TransformerBridge, nodes: Nodes, top: int = 4) -> pd.Da
     """Top tokens of each node as text: columns ``reads, promotes, suppresses``.
 
     For ``W_Q``, ``W_K`` and ``QK``, ``promotes`` and ``suppresses`` hold pairs ``query→key``, and
-    ``reads`` of ``QK`` is the side of the query; of several query heads that a ``W_V`` feeds, the
-    one that passes on most speaks.
+    ``reads`` of ``QK`` names the tokens of either side; of several query heads that a ``W_V``
+    feeds, the one that passes on most speaks.
     """
     tokens = _Tokens(model)
     rows = [_one_summary(tokens, node, top) for node in nodes]
@@ -172,7 +172,11 @@ def token_summary(model: TransformerBridge, nodes: Nodes, top: int = 4) -> pd.Da
 
 
 def _one_summary(tokens: "_Tokens", node: Node, top: int) -> tuple[str, str, str]:
-    reads = tokens.ends(next(iter(tokens.reads(node).values())), top)
+    sides = [
+        f"{side}: {text}" if side else text
+        for side, scores in tokens.reads(node).items()
+        for text in [_joined(tokens.ends(scores, top), 1)]
+    ]
     written = list(write_rows(tokens.model, node).values())
     if written:
         through = int(torch.stack([rows.norm() for rows in written]).argmax())
@@ -180,7 +184,7 @@ def _one_summary(tokens: "_Tokens", node: Node, top: int) -> tuple[str, str, str
     else:
         pairs = tokens.pairs(node, top)
         table = pairs.assign(token=pairs["query"].astype(str) + "→" + pairs["key"].astype(str))
-    return _joined(reads, 1), _joined(table, 1), _joined(table, -1)
+    return "; ".join(sides), _joined(table, 1), _joined(table, -1)
 
 
 @torch.no_grad()

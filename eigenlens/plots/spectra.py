@@ -1,4 +1,4 @@
-"""The score spectrum: predicted effect of freezing against a singular value's index or size."""
+"""The score spectrum: predicted effect of freezing against a component's index or σ."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -8,6 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from eigenlens.bases import SINGULAR
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.matrices import KINDS, MLP_KINDS
 from eigenlens.plots.style import (
@@ -34,6 +35,7 @@ _MOST_PANELS = 32
 _UNIT = 1e-6
 _PANEL, _GAP, _TOP, _BOTTOM = 190, 100, 130, 60  # pixels
 _TITLES = {"index": "singular value index", "sigma": "singular value σ"}
+_OTHER_TITLES = {"index": "component index", "sigma": "length σ of the matrix along it"}
 
 
 def spectrum(
@@ -44,7 +46,7 @@ def spectrum(
     matrix: str | None = None,
     layer: int | None = None,
 ) -> go.Figure:
-    """Score of every component against its index or its singular value.
+    """Score of every component against its index or its σ.
 
     One panel per matrix kind or, with ``matrix``, one per layer and head of that kind. The ΔL axis
     is linear within ±1e-6 nats and logarithmic outside. Bars are standard errors over examples,
@@ -86,7 +88,8 @@ def spectrum(
                 col=place % columns + 1,
             )
     ticks, labels = signed_log_ticks(table["delta_loss"].to_numpy(), _UNIT)
-    figure.update_xaxes(title_text=_TITLES[against], type="log" if against == "sigma" else "linear")
+    titles = _TITLES if scores.basis in SINGULAR else _OTHER_TITLES
+    figure.update_xaxes(title_text=titles[against], type="log" if against == "sigma" else "linear")
     figure.update_yaxes(tickvals=ticks, ticktext=labels, showticklabels=columns == 2)
     figure.update_yaxes(showticklabels=True, title_text="ΔL (nats)", col=1)
     if columns == 2:

@@ -16,7 +16,7 @@ from eigenlens.circuits.readout import token_summary
 from eigenlens.config import EigenpruneConfig
 from eigenlens.frontiers import Frontier, frontier
 from eigenlens.frozen_set import FrozenSet
-from eigenlens.pipeline import load_as
+from eigenlens.pipeline import load_as, spectra_of
 from eigenlens.provenance import data_hash
 from eigenlens.run_folder import EigenpruneResult
 from eigenlens.scoring import Scores
@@ -94,15 +94,17 @@ def look_inside(
     if model is None or task is None:
         model, task = load_as(config)
     frozen.check_model(model)
-    if data_hash(task.test) != result.before.provenance.task_hash:
-        raise ValueError(f"the test split of {task.name} is not that of the run")
+    of_run = {"test": result.before.provenance, "train": result.scores.provenance}
+    for split, source in of_run.items():
+        if data_hash(getattr(task, split)) != source.task_hash:
+            raise ValueError(f"the {split} split of {task.name} is not that of the run")
     test = task.test.select(range(min(MOST_COMPARED, len(task.test))))
     train = task.train.select(range(min(MOST_TRACED, len(task.train))))
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
     changed = activation_change(model, frozen, test, **options)
     if not len(frozen):
         return Inside(changed, None, 0, pd.DataFrame(), {}, "", None, None)
-    spectra = result.scores.spectra_on(model)
+    spectra = spectra_of(model, task, config, progress=progress)
     scores = replace(result.scores, spectra=spectra)
     strongest = _strongest(frozen, scores)
     paths = circuit(model, scores, train, strongest, **options)

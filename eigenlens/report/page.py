@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens import plots
+from eigenlens.bases import SINGULAR
 from eigenlens.circuits.nodes import node_name
 from eigenlens.evaluation import Evaluation
 from eigenlens.files import write_text
@@ -28,6 +29,14 @@ from eigenlens.spectra import COMPONENT
 from eigenlens.tasks import Task
 
 _SCRIPTS = ("sort.js", "pin.js")
+# What components are, by basis.
+_COMPONENTS = {
+    "svd": "singular components",
+    "qk_ov": "singular components of the joint maps (QK: W_Q W_Kᵀ, OV: W_V W_O)",
+    "random": "components of a random orthonormal basis",
+    "neurons": "neurons",
+    "pca": "principal components of the activations",
+}
 MOST_ROWS = 200  # of a table: a page for a phone, not a data base
 
 
@@ -106,6 +115,7 @@ def _render(
     changed, n_changed = _changed(result.before, result.after)
     return environment.get_template("page.html.j2").render(
         result=result,
+        components=_COMPONENTS[result.scores.basis],
         metrics=metrics,
         inside=found,
         left_out=reason,
@@ -120,7 +130,7 @@ def _render(
         spared=_spared(result.search.protected),
         rewound=_rewound(found),
         against=_against(found),
-        answers=_answers(found),
+        answers=_answers(found, result.scores.basis),
         groups=_groups(found),
         cost=_cost(result.seconds),
         made_with=_made_with(metrics),
@@ -152,12 +162,14 @@ def _frozen(result: EigenpruneResult, found: Inside | None) -> Table:
     table = result.frozen.to_pandas().merge(result.scores.to_pandas(), on=COMPONENT)
     table = table.rename(columns={"delta_loss": "ΔL (nats)", "sigma": "σ"})
     named = {} if found is None else _node_of(found.nodes)
+    singular = result.scores.basis in SINGULAR
+    sigma = "σ the singular value" if singular else "σ the length of the matrix along it"
     places = table[COMPONENT].itertuples(index=False, name=None)
     table["component"] = [named.get(place, node_name(*place)) for place in places]
     return make_table(
         table.sort_values("ΔL (nats)").head(MOST_ROWS),
         "Frozen components, lowest score first: ΔL is the predicted change of the loss per "
-        "example, σ the singular value, strength how much of its effect is frozen",
+        f"example, {sigma}, strength how much of its effect is frozen",
         {
             "component": "",
             "layer": "d",
@@ -278,7 +290,8 @@ def _against(found: Inside | None) -> Table | None:
         "Frozen components that wrote against the right answer: what each adds to its "
         "log-probability (nats) and logit at the last position of the prompt, the maps and nodes "
         "that it reads from with the effect of each on the loss (nats), and the tokens that it "
-        "reads, promotes and suppresses",
+        "reads, promotes and suppresses; of what moves attention, the pairs query→key whose score "
+        "it raises and lowers",
         {
             "node": "",
             "answer logprob": ".4f",
@@ -322,7 +335,7 @@ def _groups(found: Inside | None) -> Table | None:
     )
 
 
-def _answers(found: Inside | None) -> Table | None:
+def _answers(found: Inside | None, basis: str) -> Table | None:
     """The passages at both ends of every described component's coordinate."""
     if found is None or not found.examples:
         return None
@@ -333,8 +346,8 @@ def _answers(found: Inside | None) -> Table | None:
     return make_table(
         pd.DataFrame(rows, columns=["component", "largest", "smallest"], dtype=object),
         "Passages on which a component's coordinate is largest and smallest, with the coordinate "
-        f"at the marked token; {found.text}. A coordinate's sign is arbitrary, as that of a "
-        "singular vector is",
+        f"at the marked token; {found.text}"
+        + ("" if basis == "neurons" else ". A coordinate's sign is arbitrary"),
         {"component": "", "largest": "", "smallest": ""},
         pins=_names(found),
     )
