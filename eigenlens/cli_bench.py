@@ -164,11 +164,12 @@ def _plan(name: str, dtype: str, devices: int, size: dict[str, Any], out: Path |
     words = None if folder is None else AutoTokenizer.from_pretrained(folder)
     found = plan(configuration(name), dtype=resolved, tokenizer=words, **size)
     parts = ("weights", "bases", "sums", "work")
-    on_each = f"on each of {devices} devices" if devices > 1 else "one device"
-    table = Table("stage", *(f"{part} (MB)" for part in parts), on_each, "process (MB)", "passes")
+    on_each = f"each of {devices} devices" if devices > 1 else "one device"
+    names = ("stage", *parts, on_each, "process", "passes")
+    table = Table(*names, title="MB of 10⁶ bytes; passes are forward / backward")
     for stage in found.stages:
         sizes = (_mb(getattr(stage, part)) for part in parts)
-        passes = f"{stage.forward_passes} forward, {stage.backward_passes} backward"
+        passes = f"{stage.forward_passes} / {stage.backward_passes}"
         one, all_of_it = found.on_each(stage, devices), found.peak(stage.stage)
         table.add_row(stage.stage, *sizes, _mb(one), _mb(all_of_it), passes)
     console.print(table)

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from eigenlens.bench import resident
 from eigenlens.bench.making import byte_tokenizer, laid_out
 from eigenlens.bench.on_paper import OnPaper
 from eigenlens.bench.stages import FRACTION, STAGES, additions
@@ -128,7 +128,7 @@ def plan(
     options: dict[str, Any] = {"batch_size": batch_size, "progress": False}
     with OnPaper() as paper:
         model = _bridge(config, dtype, words)
-        process = int(psutil.Process().memory_info().rss)
+        process = resident.forget_peak()  # without what converting a model left behind
         traced = _Traced(paper, model, paper.now)
         task = additions(model, batch_size, tokens)
         traced.run("evaluate", lambda: evaluate(model, task.test, **options))
