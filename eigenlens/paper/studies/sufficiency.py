@@ -47,7 +47,7 @@ from eigenlens.tasks import Task
 QUESTION = "How few components suffice for a task, and which ranking finds them?"
 MINUTES = 15
 LEARNED = "learned to keep"
-_ENOUGH = 0.9  # faithfulness that the page asks for
+ENOUGH = 0.9  # faithfulness that the page asks for
 _COLOURS = {
     LEARNED: BLUE,
     "margin": VERMILION,
@@ -117,7 +117,7 @@ def _measurements(
         searched = LearnedConfig(sparsity=price, batch_size=setting.batch_size)
 
         def kept(searched: LearnedConfig = searched) -> list[dict[str, Any]]:
-            return _kept(model, scores(), task, searched)
+            return kept_by_gates(model, scores(), task, searched)
 
         yield "learned", kept, {**options, "search": searched.model_dump()}
     if label in config.circuit_on:
@@ -154,13 +154,14 @@ def _rankings(
     rows: list[dict[str, Any]] = []
     for name, values in rankings_of(scores).items():
         curve = faithfulness_curve(model, scores, task.test, values=values, **options)
-        rows += [{"ranking": name, **row} for row in _records(curve)]
+        rows += [{"ranking": name, **row} for row in records(curve)]
     return rows
 
 
-def _kept(
+def kept_by_gates(
     model: TransformerBridge, scores: Scores, task: Task, config: LearnedConfig
 ) -> list[dict[str, Any]]:
+    """The set that ``learned(keep=True)`` finds, and the ends of its curve."""
     found = learned(
         model, scores, task.train, task.validation, config, keep=True, progress=False
     ).frozen
@@ -175,11 +176,12 @@ def _kept(
     with freeze(model, found):
         accuracy = evaluate(model, task.test, choices=False, progress=False).accuracy
     price = {"ranking": LEARNED, "price": config.sparsity}
-    rows = [{**price, **row} for row in _records(curve)]
+    rows = [{**price, **row} for row in records(curve)]
     return [{**row, "accuracy": accuracy} if 0 < row["kept"] < 1 else row for row in rows]
 
 
-def _records(curve: pd.DataFrame) -> list[dict[str, Any]]:
+def records(curve: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a curve, as a part keeps them."""
     return [{str(key): value for key, value in row.items()} for row in curve.to_dict("records")]
 
 
@@ -201,12 +203,12 @@ def text(table: pd.DataFrame) -> str:
     """What was found, and what the columns are."""
     sizes: dict[str, dict[str, float]] = {}
     for (label, ranking), curve in curves(table).items():
-        sizes.setdefault(label, {})[ranking] = _enough(curve)
+        sizes.setdefault(label, {})[ranking] = enough(curve)
     found = "; ".join(_smallest(label, own) for label, own in sizes.items())
     circuit = "precision" in table and table["precision"].notna().any()
     return (
         "Gates that are trained to keep find a set that holds the task with fewer components than "
-        f"any ranking. For a faithfulness of {_ENOUGH}: {found}. "
+        f"any ranking. For a faithfulness of {ENOUGH}: {found}. "
         "A component is kept or frozen at its mean; faithfulness is 1 where the model's answers "
         "are what they were and 0 where they are as with everything frozen, by the divergence "
         "KL(unedited ‖ edited) on test. It is below 0 where a part does worse than nothing. CPR "
@@ -234,9 +236,9 @@ _CIRCUIT = (
 )
 
 
-def _enough(curve: pd.DataFrame) -> float:
+def enough(curve: pd.DataFrame) -> float:
     """The smallest share measured from which on the faithfulness suffices."""
-    good = curve["faithfulness"].to_numpy() >= _ENOUGH
+    good = curve["faithfulness"].to_numpy() >= ENOUGH
     return float(curve["kept"][np.flatnonzero(~good)[-1] + 1 if (~good).any() else 0])
 
 
@@ -246,7 +248,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     for (label, ranking), curve in curves(table).items():
         areas = curve_areas(curve)
         row = {"task": label, "kept by": ranking, "CPR": areas["cpr"], "CMD": areas["cmd"]}
-        row[f"kept for {_ENOUGH}"] = f"{_enough(curve):.1%}"
+        row[f"kept for {ENOUGH}"] = f"{enough(curve):.1%}"
         part = table[(table["label"] == label) & (table["ranking"] == ranking)]
         known = part[part["precision"].notna()] if "precision" in part else part[:0]
         for column in ("precision", "recall"):
