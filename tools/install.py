@@ -113,23 +113,23 @@ def install_rest(pins: list[str], uv: str | None) -> None:
 
 def run(command: list[object], *, check: bool = True) -> bool:
     """Run a command, with a line on what it is at every few seconds; whether it succeeded."""
-    process = subprocess.Popen(
+    output: list[str] = []
+    said = time.monotonic()
+    with subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         encoding="utf-8",
         errors="replace",
-    )
-    assert process.stdout is not None
-    output: list[str] = []
-    said = time.monotonic()
-    for line in process.stdout:
-        output.append(line)
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
-            print(f"  … {line.strip()[:70]}", flush=True)
-    if process.wait() and check:
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                print(f"  … {line.strip()[:70]}", flush=True)
+    if process.returncode and check:
         raise SystemExit(f"{''.join(output)}\nThis failed: {' '.join(map(str, command))[:200]}")
     return process.returncode == 0
 
