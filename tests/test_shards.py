@@ -20,9 +20,9 @@ PAIRED = EQUAL.add_column("corrupt", [EQUAL[(i + 1) % 6]["prompt"] for i in rang
 class Sent(InTurn):
     """Jobs and sums as they are when they cross the border of a process."""
 
-    def sums(self, model, spectra, jobs, *, progress):
-        self.__dict__["seen"] = [job.plan.n_examples for job in jobs]
-        for job in jobs:
+    def run(self, model, spectra, parts, *, progress):
+        self.__dict__["seen"] = [job.plan.n_examples for job in parts]
+        for job in parts:
             sent = pickle.loads(pickle.dumps(job))
             yield pickle.loads(pickle.dumps(sent.run(model, spectra, progress=progress)))
 
