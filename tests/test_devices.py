@@ -61,7 +61,13 @@ def spectra_of(model, basis="svd"):
     return el.decompose(model, basis=basis, data=data, cache=False, progress=False)
 
 
-@pytest.mark.parametrize("basis", ["svd", "qk_ov", "random", "neurons", "pca"])
+@pytest.mark.parametrize(
+    "basis",
+    [
+        "svd",
+        *(pytest.param(b, marks=pytest.mark.slow) for b in ("qk_ov", "random", "neurons", "pca")),
+    ],
+)
 def test_every_basis_scores_where_its_layers_are(device, basis):
     model, task, _ = device
     on_cpu = any(p.device.type == "cpu" for p in model.parameters())

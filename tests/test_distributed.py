@@ -219,6 +219,7 @@ def test_options_that_cannot_be(options, message):
         Cluster(**options)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_started_here(arith, tmp_path, capfd):
     """One start for all: it is what takes time."""
     whole = {c: scored(arith, criterion=c) for c in ("margin", "mean")}

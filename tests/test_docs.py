@@ -23,7 +23,15 @@ def name(page):
     return page.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name)
+def with_examples():
+    """Pages with Python; one that starts a cluster is slow."""
+    for page in PAGES:
+        if blocks(page, "python"):
+            starts = "el.Cluster(" in page.read_text("utf-8")
+            yield pytest.param(page, marks=[pytest.mark.slow] if starts else [], id=name(page))
+
+
+@pytest.mark.parametrize("page", list(with_examples()))
 def test_the_examples_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

@@ -72,6 +72,7 @@ def test_no_text_is_small_cut_off_or_on_top_of_another(tmp_path):
         assert shown.problems == []
 
 
+@pytest.mark.slow
 def test_files_have_the_size_of_the_paper_and_never_change(tmp_path):
     try:
         find_browser()

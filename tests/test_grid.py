@@ -96,6 +96,7 @@ def test_finished_cells_are_not_made_again(run, monkeypatch):
     pd.testing.assert_frame_equal(again, table)
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_to_the_same_table(run, tmp_path, monkeypatch):
     table, _ = run
     fit, count = Baseline.fit, [0]

@@ -75,6 +75,7 @@ def test_stored_outputs_are_small():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_notebooks_run_and_show_what_is_stored(name, manager):
     again = executed(FOLDER / f"{name}.py", manager)
     assert kinds(again) == kinds(stored(name))

@@ -321,6 +321,7 @@ def test_bad_yaml(tmp_path):
         el.EigenpruneConfig.from_yaml(path)
 
 
+@pytest.mark.slow
 def test_bench_writes_its_numbers(config, tmp_path):
     out = tmp_path / "bench.json"
     found = run_cli(

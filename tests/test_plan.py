@@ -125,6 +125,7 @@ def test_a_plan_makes_the_passes_that_run(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_activations_grow_with_tokens_and_half_precision_halves_weights():
     small, long = (plan(gpt2(), batch_size=b, tokens=t) for b, t in ((5, 12), (5, 48)))
     work = [next(s.work for s in p.stages if s.stage == "score") for p in (small, long)]

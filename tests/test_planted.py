@@ -1,6 +1,7 @@
 """Planted paths: put in exactly, taken out exactly, found where they are."""
 
 import numpy as np
+import pytest
 import torch
 
 import eigenlens as el
@@ -27,6 +28,7 @@ def test_place_by_hand():
     assert _place(np.array([0.0, 0.0, 0.0]), 0) == {"auroc": 0.5, "rank": 1}
 
 
+@pytest.mark.slow
 def test_the_default_estimator_finds_what_was_planted(monkeypatch):
     setting = Setting("arith-tiny", "int_add", {"high": 20, "n_train": 100}, 1, 100, layers=(1,))
     monkeypatch.setitem(experiment.SETTINGS, "arith-tiny", setting)

@@ -86,6 +86,7 @@ def test_searches_reports_the_test_accuracy_of_the_chosen_set(tmp_path, monkeypa
     assert searches.run(models=("arith-tiny",), parts=tmp_path).table.equals(found.table)
 
 
+@pytest.mark.slow
 def test_estimators_are_judged_by_exact_effects(tmp_path, monkeypatch):
     setting = replace(
         estimators.SETTINGS[0],
