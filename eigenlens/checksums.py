@@ -16,14 +16,17 @@ _CHUNK = 1 << 24  # bytes at once
 _TAIL = 8  # bytes behind the footer of a parquet file: its length, and "PAR1"
 
 
-def hash_tensors(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
-    """xxh3-128 of a text and of each tensor's name, dtype, shape and bytes."""
+def hash_tensors(
+    named: Iterable[tuple[str, Tensor]], text: str = "", *, dtype: torch.dtype | None = None
+) -> str:
+    """xxh3-128 of a text and of each tensor's name, dtype, shape and bytes, as it is or rounded."""
     digest = xxhash.xxh3_128(text.encode())
     for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        kind = dtype or tensor.dtype
+        digest.update(f"{name} {kind} {tuple(tensor.shape)}".encode())
         if tensor.numel() and not tensor.is_meta:  # a model on paper has no bytes
             for part in _slices(tensor.detach()):
-                flat = part.cpu().contiguous().flatten()
+                flat = part.to("cpu", kind).contiguous().flatten()
                 digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

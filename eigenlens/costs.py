@@ -123,6 +123,11 @@ def peak_memory() -> Iterator[PeakMemory]:
 def give_memory_back() -> None:
     """Return freed memory to the system, or the next job would reuse it unseen (glibc only)."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system that lies between what is kept (glibc only)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from eigenlens import bases
 from eigenlens import cache as disk
 from eigenlens.bridges import TransformerBridge
+from eigenlens.costs import trim_heap
 from eigenlens.matrices import (
     JOINT,
     JOINT_KINDS,
@@ -33,6 +34,7 @@ from eigenlens.tasks.batches import Batch, make_batches
 Basis = Literal["svd", "qk_ov", "random", "neurons", "pca"]
 _KINDS_OF = {"qk_ov": JOINT_KINDS, "neurons": ("W_out",)}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_TRIMMED = 1 << 24  # bytes of directions after which freed memory is given back
 
 
 def decompose(
@@ -81,7 +83,15 @@ def decompose(
     makers = _makers(model, listed, matrices, basis, data, seed, _DTYPES.get(dtype or ""), cache)
     bar = tqdm(makers, desc="decompose", unit="matrix", disable=not progress)
     known = places(model)
-    found = [replace(s, place=known.get(s.site.find(model).module)) for s in (m() for m in bar)]
+    found: list[Spectrum] = []
+    passed = 0
+    for make in bar:
+        spectrum = make()
+        found.append(replace(spectrum, place=known.get(spectrum.site.find(model).module)))
+        passed += 0 if spectrum.write is None else spectrum.write.nbytes
+        if passed > _TRIMMED:  # what passes through on the way lies among what is kept
+            trim_heap()
+            passed = 0
     spectra = Spectra(found, Provenance.of(model, for_edits=True), basis, seed)
     if cache:
         disk.trim()

@@ -136,10 +136,7 @@ def _hashed(
 ) -> tuple[Callable[[torch.dtype], str], torch.dtype]:
     named = sorted(parameters, key=lambda parameter: parameter[0])
 
-    def hashed(dtype: torch.dtype) -> str:
-        return hash_tensors((name, p.detach().to(dtype)) for name, p in named)
-
-    return hashed, named[0][1].dtype
+    return lambda dtype: hash_tensors(named, dtype=dtype), named[0][1].dtype
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
