@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
+
+from eigenlens.bridges import TransformerBridge
 
 
 @dataclass
