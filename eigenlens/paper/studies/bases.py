@@ -6,8 +6,8 @@ model masters it is asked how few coordinates hold what it does when all others 
 frozen (:mod:`eigenlens.paper.studies.sufficiency`).
 """
 
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,9 @@ from eigenlens.faithfulness import faithfulness_curve
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.metrics import kl_to_unedited
-from eigenlens.paper.studies.config import CONFIGS, TasksConfig
-from eigenlens.paper.studies.parts import Parts, Split, part_key, splits
+from eigenlens.paper.studies.by_split import Measurement, Split, study_by_split
+from eigenlens.paper.studies.config import TasksConfig
 from eigenlens.paper.studies.repetitions import accuracy, prompts_column
-from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.paper.studies.sufficiency import (
     ENOUGH,
     LEARNED,
@@ -99,39 +98,20 @@ class BasesConfig(TasksConfig):
     n_examples: int = Field(default=40, ge=1)
 
 
-def run(
-    models: tuple[str, ...] | None = None,
-    config: Path | None = None,
-    parts: Path | None = None,
-) -> ExperimentResult:
-    """Run the study's own YAML file, or ``config``.
+def _measurements(split: Split, config: BasesConfig) -> Iterator[Measurement]:
+    measure = _held if split.label in config.held else _edited
+    options = config.model_dump(exclude={"models", "tasks", "seeds", "bases", "held"})
+    options |= {"batch_size": split.setting.batch_size, "what": measure.__name__}
+    for label, wanted in config.bases.items():
+        yield Measurement(
+            partial(measure, split, wanted, config),
+            {**options, **wanted.model_dump()},
+            (wanted.basis,),
+            {"basis": label},
+        )
 
-    Args:
-        models: in place of the file's.
-        config: YAML file in place of the study's own.
-        parts: folder that keeps finished parts.
-    """
-    read = BasesConfig.read(config or CONFIGS / "bases.yaml")
-    kept = Parts(parts)
-    rows: list[dict[str, Any]] = []
-    for split in splits(read, models):
-        measure = _held if split.label in read.held else _edited
-        options = read.model_dump(exclude={"models", "tasks", "seeds", "bases", "held"})
-        options |= {"batch_size": split.setting.batch_size, "what": measure.__name__}
-        for label, wanted in read.bases.items():
-            own = {**options, **wanted.model_dump()}
-            key = part_key(split.loaded, split.model, split.task, own, split.seed, wanted.basis)
-            made = kept.do(key, partial(measure, split, wanted, read))
-            rows += [{**split.names, "basis": label, **row} for row in made]
-    table = pd.DataFrame(rows)
-    return ExperimentResult(
-        name="bases",
-        table=table,
-        summary=summary(table),
-        figure=figure(table),
-        settings={"models": models or read.models, "seeds": read.seeds, "steps": read.steps},
-        text=text(table),
-    )
+
+run = study_by_split(__name__, BasesConfig, _measurements, {"steps": "steps"})
 
 
 def _scored(split: Split, wanted: Coordinates, n_examples: int | None = None) -> Scores:

@@ -6,6 +6,7 @@ from pathlib import Path
 from eigenlens.files import load_table, write_text
 from eigenlens.paper.studies import EXPERIMENTS
 from eigenlens.paper.studies.result import ExperimentResult
+from eigenlens.paper.studies.study import shown
 from eigenlens.plots.export import FORMATS, export
 
 
@@ -25,16 +26,8 @@ def stored(name: str, folder: Path) -> ExperimentResult:
             f"No such file: {file}. `eigenlens experiment {name} --out {folder}` measures it "
             f"(about {EXPERIMENTS[name].MINUTES} minutes)."
         )
-    study = EXPERIMENTS[name]
     table, metadata = load_table(file, "experiment")
-    return ExperimentResult(
-        name=name,
-        table=table,
-        summary=study.summary(table),
-        figure=study.figure(table),
-        settings=metadata["settings"],
-        text=study.text(table),
-    )
+    return shown(EXPERIMENTS[name], name, table, metadata["settings"])
 
 
 def redraw(

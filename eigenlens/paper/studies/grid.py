@@ -32,7 +32,7 @@ from eigenlens.paper.studies.config import CONFIGS, Data, Method, Setting, Study
 from eigenlens.paper.studies.parts import Parts
 from eigenlens.paper.studies.repetitions import prompts_column
 from eigenlens.paper.studies.result import ExperimentResult
-from eigenlens.paper.studies.study import Study
+from eigenlens.paper.studies.study import Study, shown
 from eigenlens.scoring import Scores
 from eigenlens.search import LearnedConfig
 from eigenlens.spectra import Spectra
@@ -361,13 +361,7 @@ def grid_study(module: str) -> Callable[..., ExperimentResult]:
         read = StudyConfig.read(config or CONFIGS / f"{name}.yaml")
         read = read.of_models(models) if models else read
         table = run_grid(read, parts.parent / "cells" if parts is not None else None)
-        return ExperimentResult(
-            name=name,
-            table=table,
-            summary=study.summary(table),
-            figure=study.figure(table),
-            settings={"models": ", ".join(read.models), "seeds": ", ".join(map(str, read.seeds))},
-            text=study.text(table),
-        )
+        settings = {"models": ", ".join(read.models), "seeds": ", ".join(map(str, read.seeds))}
+        return shown(study, name, table, settings)
 
     return run

@@ -3,9 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -13,8 +12,7 @@ from eigenlens.files import FileFormatError, load_record, save_record
 from eigenlens.identity import conditions, identity_hash
 from eigenlens.locks import in_turn
 from eigenlens.models import load_model
-from eigenlens.paper.studies.config import Data, TasksConfig
-from eigenlens.tasks import Task, load_task
+from eigenlens.tasks import Task
 
 
 @runtime_checkable
@@ -89,52 +87,3 @@ def with_models(
         for setting in own:
             assert loaded is not None
             yield setting, loaded
-
-
-class Split(NamedTuple):
-    """One split of a task of a study, with the model that it is read by."""
-
-    loaded: TransformerBridge
-    task: Task
-    model: str
-    label: str
-    setting: Data
-    seed: int
-
-    @property
-    def names(self) -> dict[str, Any]:
-        """What its rows begin with."""
-        return {"model": self.model, "label": self.label, "seed": self.seed}
-
-
-@dataclass(frozen=True)
-class _Place:
-    model: str
-    label: str
-    setting: Data
-
-
-def splits(study: TasksConfig, models: tuple[str, ...] | None) -> Iterator[Split]:
-    """Every split of every task, models one after the other.
-
-    Args:
-        study: what its file says.
-        models: in place of the file's.
-
-    Raises:
-        ValueError: no task of the study is of these models.
-    """
-    names = models or study.models
-    places = [
-        _Place(name, label, setting)
-        for name in names
-        for label, setting in study.tasks.items()
-        if setting.models is None or name in setting.models
-    ]
-    if not places:
-        raise ValueError(f"No task of this study is of {', '.join(names)}.")
-    for place, loaded in with_models(places, names):
-        for seed in study.seeds:
-            arguments = {"seed": seed, **place.setting.arguments}
-            task = load_task(place.setting.task, loaded.tokenizer, **arguments)
-            yield Split(loaded, task, place.model, place.label, place.setting, seed)

@@ -6,8 +6,8 @@ ranking that is right finds the k after k verifications. A budget counts both, w
 and a forward pass for each verified component.
 """
 
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.decomposition import decompose
 from eigenlens.exact import exact_effects
-from eigenlens.paper.studies.config import CONFIGS, Data, TasksConfig
-from eigenlens.paper.studies.parts import Parts, part_key, splits
-from eigenlens.paper.studies.result import ExperimentResult
+from eigenlens.paper.studies.by_split import Measurement, Split, study_by_split
+from eigenlens.paper.studies.config import Data, TasksConfig
 from eigenlens.plots.style import (
     BLUE,
     FULL_WIDTH,
@@ -69,41 +68,16 @@ class PeersConfig(TasksConfig):
     k: tuple[int, ...] = (1, 5, 20)
 
 
-def run(
-    models: tuple[str, ...] | None = None,
-    config: Path | None = None,
-    parts: Path | None = None,
-) -> ExperimentResult:
-    """Run the study's own YAML file, or ``config``.
+def _measurements(split: Split, config: PeersConfig) -> Iterator[Measurement]:
+    options = config.model_dump(include={"n_examples", "steps", "k"})
+    options |= {"batch_size": split.setting.batch_size, "methods": METHODS}
+    made = partial(_measure, split.loaded, split.task, split.setting, split.seed, config)
+    yield Measurement(made, options)
 
-    Args:
-        models: in place of the file's.
-        config: YAML file in place of the study's own.
-        parts: folder that keeps finished parts.
-    """
-    read = PeersConfig.read(config or CONFIGS / "peers.yaml")
-    kept = Parts(parts)
-    rows: list[dict[str, Any]] = []
-    for split in splits(read, models):
-        options = read.model_dump(include={"n_examples", "steps", "k"})
-        options |= {"batch_size": split.setting.batch_size, "methods": METHODS}
-        key = part_key(split.loaded, split.model, split.task, options, split.seed)
-        measure = partial(_measure, split.loaded, split.task, split.setting, split.seed, read)
-        rows += [{**split.names, **row} for row in kept.do(key, measure)]
-    table = pd.DataFrame(rows)
-    return ExperimentResult(
-        name="peers",
-        table=table,
-        summary=summary(table),
-        figure=figure(table),
-        settings={
-            "models": models or read.models,
-            "seeds": read.seeds,
-            "examples": read.n_examples,
-            "steps": read.steps,
-        },
-        text=text(table),
-    )
+
+run = study_by_split(
+    __name__, PeersConfig, _measurements, {"examples": "n_examples", "steps": "steps"}
+)
 
 
 def _measure(

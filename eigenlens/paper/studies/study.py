@@ -1,7 +1,7 @@
 """What a module of a study holds: how to measure, and how to show what was stored."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -35,3 +35,17 @@ class Study(Protocol):
 
     def figure(self, table: pd.DataFrame) -> go.Figure:
         """The figure, as wide as a page or a column (:mod:`eigenlens.plots.style`)."""
+
+
+def shown(
+    study: Study, name: str, table: pd.DataFrame, settings: dict[str, Any]
+) -> ExperimentResult:
+    """What was measured, fresh or read back from disk, as the study shows it."""
+    return ExperimentResult(
+        name=name,
+        table=table,
+        summary=study.summary(table),
+        figure=study.figure(table),
+        settings=settings,
+        text=study.text(table),
+    )

@@ -8,9 +8,8 @@ shares; ``learned(keep=True)`` finds one set for each price.
 How well a circuit is found that is known: :mod:`eigenlens.paper.studies.known_circuit`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,9 @@ from eigenlens.evaluation import evaluate
 from eigenlens.faithfulness import curve_areas, faithfulness_curve, faithfulness_of
 from eigenlens.freezing import freeze
 from eigenlens.metrics import kl_to_unedited
-from eigenlens.paper.studies.config import CONFIGS, Data, TasksConfig
+from eigenlens.paper.studies.by_split import Measurement, Split, study_by_split
+from eigenlens.paper.studies.config import TasksConfig
 from eigenlens.paper.studies.known_circuit import find_known_circuit
-from eigenlens.paper.studies.parts import Parts, part_key, splits
-from eigenlens.paper.studies.result import ExperimentResult
 from eigenlens.plots.style import (
     BLUE,
     FULL_WIDTH,
@@ -72,57 +70,29 @@ class SufficiencyConfig(TasksConfig):
     circuit_on: tuple[str, ...] = ("a + b",)
 
 
-def run(
-    models: tuple[str, ...] | None = None,
-    config: Path | None = None,
-    parts: Path | None = None,
-) -> ExperimentResult:
-    """Run the study's own YAML file, or ``config``.
-
-    Args:
-        models: in place of the file's.
-        config: YAML file in place of the study's own.
-        parts: folder that keeps finished parts.
-    """
-    read = SufficiencyConfig.read(config or CONFIGS / "sufficiency.yaml")
-    kept, rows = Parts(parts), []
-    for split in splits(read, models):
-        measurements = _measurements(split.loaded, split.task, split.setting, split.label, read)
-        for what, make, options in measurements:
-            key = part_key(split.loaded, split.model, split.task, options, split.seed, what)
-            rows += [{**split.names, **row} for row in kept.do(key, make)]
-    table = pd.DataFrame(rows)
-    return ExperimentResult(
-        name="sufficiency",
-        table=table,
-        summary=summary(table),
-        figure=figure(table),
-        settings={"models": models or read.models, "seeds": read.seeds, "prices": read.prices},
-        text=text(table),
-    )
-
-
-def _measurements(
-    model: TransformerBridge, task: Task, setting: Data, label: str, config: SufficiencyConfig
-) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]], dict[str, Any]]]:
-    """Name, maker and options of each part; what is scored is scored once."""
-    scores = cache(partial(_scored, model, task, setting.batch_size))
-    options: dict[str, Any] = {"batch_size": setting.batch_size}
+def _measurements(split: Split, config: SufficiencyConfig) -> Iterator[Measurement]:
+    """What is scored is scored once."""
+    model, task, batch_size = split.loaded, split.task, split.setting.batch_size
+    scores = cache(partial(_scored, model, task, batch_size))
+    options: dict[str, Any] = {"batch_size": batch_size}
 
     def rankings() -> list[dict[str, Any]]:
-        return _rankings(model, scores(), task, config.shares, setting.batch_size)
+        return _rankings(model, scores(), task, config.shares, batch_size)
 
-    yield "rankings", rankings, {**options, "shares": config.shares}
+    yield Measurement(rankings, {**options, "shares": config.shares}, ("rankings",))
     for price in config.prices:
-        searched = LearnedConfig(sparsity=price, batch_size=setting.batch_size)
+        searched = LearnedConfig(sparsity=price, batch_size=batch_size)
 
         def kept(searched: LearnedConfig = searched) -> list[dict[str, Any]]:
             return kept_by_gates(model, scores(), task, searched)
 
-        yield "learned", kept, {**options, "search": searched.model_dump()}
-    if label in config.circuit_on:
-        circuit = partial(find_known_circuit, model, task, setting.batch_size, rankings_of)
-        yield "circuit", circuit, options
+        yield Measurement(kept, {**options, "search": searched.model_dump()}, ("learned",))
+    if split.label in config.circuit_on:
+        circuit = partial(find_known_circuit, model, task, batch_size, rankings_of)
+        yield Measurement(circuit, options, ("circuit",))
+
+
+run = study_by_split(__name__, SufficiencyConfig, _measurements, {"prices": "prices"})
 
 
 def _scored(model: TransformerBridge, task: Task, batch_size: int) -> Scores:
