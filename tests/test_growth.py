@@ -1,6 +1,7 @@
 """Powers that time and memory grow with: of chains that take a known time."""
 
 import json
+import math
 
 import pytest
 
@@ -35,3 +36,8 @@ def test_a_power_has_the_interval_of_its_slope():
     # Standard error sqrt(Σr² / 1 / Σ(x - x̄)²) = sqrt((1/36 + 1/9 + 1/36) / 2) = 0.2887; t = 12.706.
     assert found["high"] - found["power"] == pytest.approx(12.7062 * 0.288675, rel=1e-4)
     assert found["power"] - found["low"] == pytest.approx(12.7062 * 0.288675, rel=1e-4)
+
+
+def test_without_a_positive_value_there_is_no_power():
+    found = growth.fitted_power([1, 2, 4], [1, 0, 8])
+    assert all(math.isnan(value) for value in found.values())

@@ -15,7 +15,7 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from eigenlens.baselines.edits import Edit, FrozenEdit, measure, saved_bytes
-from eigenlens.costs import Cost, measured
+from eigenlens.costs import Cost, measured, now
 from eigenlens.decomposition import decompose
 from eigenlens.evaluation import Evaluation, preference
 from eigenlens.metrics import check_eval_mode
@@ -171,13 +171,12 @@ class Baseline(ABC):
             ValueError: a model in training mode, or what the baseline cannot do with this task.
         """
         check_eval_mode(model)
-        parts = () if shards is None else self.parts(model)
-        if shards is not None and len(parts) > 1:
+        if shards is not None and len(parts := self.parts(model)) > 1:
             options = {"seed": seed, "batch_size": batch_size, "n_positions": n_positions}
             fits = [Fit(self.name, part, task, options) for part in parts]
-            with measured(model) as cost:
-                found = list(shards.run(model, spectra, fits, progress=False))
-            return _joined(found, cost.seconds)
+            start = now()
+            found = list(shards.run(model, spectra, fits, progress=False))
+            return _joined(found, now() - start)
         search = Search(
             model, spectra, task, seed, batch_size, n_positions, {} if shared is None else shared
         )

@@ -42,8 +42,7 @@ def growth(
 
     Returns:
         Columns ``stage``, ``measure``, ``of`` (``seconds``, or ``bytes`` above the loaded model at
-        the highest moment), ``power`` and its 95 % interval ``low``, ``high`` for further points
-        of such a line.
+        the highest moment), ``power`` and the 95 % interval of the slope, ``low``, ``high``.
 
     Raises:
         RuntimeError: a stage of a chain fails; the next call goes on there.
@@ -67,8 +66,12 @@ def growth(
 
 
 def fitted_power(size: Any, value: Any) -> dict[str, float]:
-    """Power p of ``value ~ size ** p`` by least squares of logarithms, with its 95 % interval."""
-    line = stats.linregress(np.log(size), np.log(np.maximum(value, 1e-9)))
+    """Power p of ``value ~ size ** p`` by least squares of logarithms, with its 95 % interval.
+
+    All are NaN where a value is not positive.
+    """
+    logs = np.log(np.where(np.asarray(value) > 0, value, np.nan))
+    line = stats.linregress(np.log(size), logs)
     half = stats.t.ppf(0.975, len(size) - 2) * line.stderr
     return {"power": line.slope, "low": line.slope - half, "high": line.slope + half}
 

@@ -172,10 +172,9 @@ def token_summary(model: TransformerBridge, nodes: Nodes, top: int = 4) -> pd.Da
 
 
 def _one_summary(tokens: "_Tokens", node: Node, top: int) -> tuple[str, str, str]:
-    sides = [
-        f"{side}: {text}" if side else text
+    reads = [
+        (f"{side}: " if side else "") + _joined(tokens.ends(scores, top), 1)
         for side, scores in tokens.reads(node).items()
-        for text in [_joined(tokens.ends(scores, top), 1)]
     ]
     written = list(write_rows(tokens.model, node).values())
     if written:
@@ -184,7 +183,7 @@ def _one_summary(tokens: "_Tokens", node: Node, top: int) -> tuple[str, str, str
     else:
         pairs = tokens.pairs(node, top)
         table = pairs.assign(token=pairs["query"].astype(str) + "→" + pairs["key"].astype(str))
-    return "; ".join(sides), _joined(table, 1), _joined(table, -1)
+    return "; ".join(reads), _joined(table, 1), _joined(table, -1)
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def _rewound(
 def _text(
     model: TransformerBridge, config: EigenpruneConfig, given: Dataset | None
 ) -> tuple[Dataset, str] | None:
-    """Text besides the task's own that the search did not see, if there is any, in words."""
+    """Text other than the task's own, if there is any, and what it is in words."""
     if given is not None:
         return given, "passages of the text that was given"
     protected = {OWN_TEXT: {}} if config.protect is None else config.protect

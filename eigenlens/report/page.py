@@ -266,8 +266,8 @@ def _rewound(found: Inside | None) -> Table | None:
             columns={"test_accuracy": "test accuracy", "test_harm": "harm"}
         ),
         "The edit scaled back, at the strengths that are best for some harm on validation data: "
-        "harm is the rise of the loss on text that nothing else saw, in nats per token; chosen is "
-        f"the most accurate on validation within {found.frontier.bound:g}",
+        "harm is the rise of the loss on the half of the text that did not choose, in nats per "
+        f"token; chosen is the most accurate on validation within {found.frontier.bound:g}",
         {
             "strength": ".1f",
             "components": "d",

@@ -1,7 +1,7 @@
 """What a module of a study holds: how to measure, and how to show what was stored."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from eigenlens.paper.studies.result import ExperimentResult
 
 
+@runtime_checkable
 class Study(Protocol):
     """A module that measures once and draws as often as one likes.
 
