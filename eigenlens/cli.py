@@ -2,7 +2,7 @@
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,6 +19,9 @@ from eigenlens.cli_output import (
 )
 from eigenlens.cli_ray import Ray, WithRay, working_on
 from eigenlens.cli_values import expanded, pairs, split
+
+if TYPE_CHECKING:
+    from eigenlens.paper.studies import ExperimentResult
 
 app = typer.Typer(
     help="Find, freeze and explain the singular directions of transformer weights.",
@@ -269,7 +272,7 @@ def cache(
 
 @app.command(cls=WithRay)
 def experiment(
-    name: Annotated[str, typer.Argument(help="See figures/README.md, or give a wrong one.")],
+    name: Annotated[str, typer.Argument(help="See figures/README.md; `all` for all of them.")],
     model: Annotated[
         list[str] | None, typer.Option(help="Model of the study, repeatable (default: all).")
     ] = None,
@@ -290,36 +293,53 @@ def experiment(
     ] = Path("figures"),
     ray: Ray = None,
 ) -> None:
-    """Run a study: writes a table, a page and a figure."""
+    """Run a study, or all of them: writes a table, a page and a figure of each."""
     with clear_errors():
         from eigenlens.paper.studies import EXPERIMENTS
         from eigenlens.paper.studies.figures import write_index
 
-        if name not in EXPERIMENTS:
-            raise ValueError(f"Unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
-        study = EXPERIMENTS[name].run
-        options: dict[str, Any] = {}
-        parameters = inspect.signature(study).parameters
-        if "parts" in parameters:
-            options["parts"] = parts / name
-        if model:
-            if "models" not in parameters:
-                raise ValueError(f"The experiment {name!r} has a model of its own: drop --model.")
-            options["models"] = tuple(model)
-        if config is not None:
-            if "config" not in parameters:
-                raise ValueError(f"The experiment {name!r} has no configuration file.")
-            options["config"] = config
-        with working_on(ray) as cluster:
-            if cluster is not None:
-                from eigenlens.paper.studies.elsewhere import make_parts
+        if name not in {"all", *EXPERIMENTS}:
+            raise ValueError(
+                f"Unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}, or all."
+            )
+        if name == "all":
+            if model or config or ray:
+                raise ValueError("all are run as they are: drop --model, --config and --ray.")
+            hours = sum(study.MINUTES for study in EXPERIMENTS.values()) / 60
+            say(f"About {hours:.0f} hours on 2 cores; Ctrl-C is safe, run again to go on.")
+        for one in EXPERIMENTS if name == "all" else [name]:
+            result = _measured(one, model, config, parts, ray)
+            result.save(out)
+            write_index(out)
+            say(result.summary.to_markdown(index=False))
+            say(f"Written to {out}/{one}.*")
 
-                make_parts(name, parts / name, options.get("models"), config, cluster)
-        result = study(**options)
-        result.save(out)
-        write_index(out)
-        say(result.summary.to_markdown(index=False))
-        say(f"Written to {out}/{name}.*")
+
+def _measured(
+    name: str, model: list[str] | None, config: Path | None, parts: Path, ray: str | None
+) -> "ExperimentResult":
+    """What a study found, its parts made on a cluster where one is given."""
+    from eigenlens.paper.studies import EXPERIMENTS
+
+    study = EXPERIMENTS[name].run
+    options: dict[str, Any] = {}
+    parameters = inspect.signature(study).parameters
+    if "parts" in parameters:
+        options["parts"] = parts / name
+    if model:
+        if "models" not in parameters:
+            raise ValueError(f"The experiment {name!r} has a model of its own: drop --model.")
+        options["models"] = tuple(model)
+    if config is not None:
+        if "config" not in parameters:
+            raise ValueError(f"The experiment {name!r} has no configuration file.")
+        options["config"] = config
+    with working_on(ray) as cluster:
+        if cluster is not None:
+            from eigenlens.paper.studies.elsewhere import make_parts
+
+            make_parts(name, parts / name, options.get("models"), config, cluster)
+    return study(**options)
 
 
 @app.command()

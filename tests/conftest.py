@@ -9,8 +9,10 @@ from jaxtyping import install_import_hook
 
 from eigenlens.double import StayDouble  # it asks who calls it: no wrapper between
 
-# For the whole session, since modules are imported when they are first used.
-install_import_hook("eigenlens", "beartype.beartype")
+# For the whole session, since modules are imported when they are first used. It takes two fifths of
+# the time: `make test` goes without, `make test-all` and what is started by hand do not.
+if os.environ.get("EIGENLENS_TYPES") != "unchecked":
+    install_import_hook("eigenlens", "beartype.beartype")
 
 import pytest
 import torch

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import EQUAL, FAMILIES, MIXED, dataset
+from tiny_models import EQUAL, MIXED, dataset, in_families
 
 import eigenlens as el
 from eigenlens.files import FileFormatError
@@ -38,7 +38,7 @@ def statistics(one, two):
     return [*norms, one @ two / norms[0] / norms[1], np.linalg.norm(two - one) / norms[0]]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@in_families(["gpt2", "llama", "gemma2"])
 def test_every_table_equals_single_examples_by_hand(tiny, family):
     model = tiny(family)
     frozen = frozen_part(model)
@@ -86,7 +86,7 @@ def test_every_table_equals_single_examples_by_hand(tiny, family):
         np.testing.assert_allclose(own.loc[(query, key)], values / n[query], atol=1e-12)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_at_full_depth_the_lens_is_the_model(tiny, family):
     model = tiny(family)
     frozen = frozen_part(model, ONE_TOKEN)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from test_freezing import frozen_half
-from tiny_models import FAMILIES, MIXED, word_tokenizer
+from tiny_models import MIXED, in_families, word_tokenizer
 from tokenizers import models
 
 import eigenlens as el
@@ -21,7 +21,7 @@ def plain(folder, dtype=torch.float64):
 TOKENS = torch.tensor([[8, 3, 9, 6, 20, 31], [12, 4, 40, 6, 11, 50]])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_logits_are_those_of_the_bridge_and_undone_exactly(tiny, tiny_folder, family, dtype):
     own = getattr(torch, dtype)
@@ -91,7 +91,7 @@ def edited(tiny, tiny_folder):
     return of
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_greedy_text_is_that_of_the_bridge(edited, family):
     bridge, model, frozen = edited(family)
     before = generate(model, LONG)
@@ -104,7 +104,7 @@ def test_greedy_text_is_that_of_the_bridge(edited, family):
     assert torch.equal(generate(model, LONG), before)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "falcon"])
+@in_families(["gpt2", "llama", "gemma3", "falcon"])
 @pytest.mark.parametrize(
     "options",
     [

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import EQUAL, dataset
+from tiny_models import EQUAL, dataset, in_families
 
 import eigenlens as el
 from eigenlens import baselines as bl
@@ -143,7 +143,7 @@ def test_random_keeps_strengths_by_count(scored):
         assert sorted(mine["strength"]) == sorted(given)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@in_families(["gpt2", "llama"])
 def test_a_random_basis_spans_the_same_matrix(tiny, family):
     model = tiny(family)
     spectra = el.decompose(model, progress=False)

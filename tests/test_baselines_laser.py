@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import EQUAL, MIXED
+from tiny_models import EQUAL, MIXED, in_families
 
 import eigenlens as el
 from eigenlens import baselines as bl
@@ -20,7 +20,7 @@ def loss(model, data):
         return sum(answer_loss(answer_logits(model, b), b).sum() for b in batches) / len(data)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@in_families(["gpt2", "llama"])
 def test_truncation_is_numpys(tiny, family):
     model = tiny(family)
     before = model_fingerprint(model)
@@ -55,7 +55,7 @@ def test_the_grid_is_searched_whole_and_the_best_is_taken(tiny, tmp_path):
     assert found.cost.saved_bytes == (tmp_path / "edit.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@in_families(["gpt2", "llama"])
 def test_the_gradient_by_a_singular_value_is_the_slope_of_the_loss(tiny, family):
     model = tiny(family)
     matrices = list(el.weight_matrices(model))

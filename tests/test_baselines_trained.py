@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import MIXED
+from tiny_models import MIXED, in_families
 from transformers import AutoModelForCausalLM
 
 import eigenlens as el
@@ -75,7 +75,7 @@ def trainables(model):
 FAMILIES = ("gpt2", "llama", "phi3", "gemma2", "opt", "bloom", "falcon")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families(FAMILIES)
 def test_merged_logits_are_those_of_the_live_layers(tiny, family):
     model = tiny(family)
     before, first = logits(model), model_fingerprint(model)

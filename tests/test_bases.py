@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import EQUAL, MIXED
+from tiny_models import EQUAL, MIXED, in_families
 
 import eigenlens as el
 from eigenlens.exact import exact_effects
@@ -21,7 +21,7 @@ def spectra_of(model, basis):
     return el.decompose(model, basis=basis, data=data, progress=False)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@in_families(["gpt2", "llama"])
 @pytest.mark.parametrize("basis", BASES)
 def test_write_vectors_are_dual_to_read_vectors(tiny, family, basis):
     """``w_i · r_j = δ_ij``: setting one coordinate leaves the others as they are."""
@@ -33,7 +33,7 @@ def test_write_vectors_are_dual_to_read_vectors(tiny, family, basis):
         torch.testing.assert_close(again, wanted, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("basis", BASES)
 def test_scores_gates_and_exact_effects_agree_on_every_basis(tiny, family, basis):
     model = tiny(family)
@@ -74,7 +74,7 @@ def test_a_frozen_set_of_every_basis_survives_a_round_trip(tiny, tmp_path, basis
         again.save(tmp_path / "again.safetensors", directions=directions)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "phi", "qwen3"])
+@in_families(["gpt2", "llama", "phi", "qwen3"])
 def test_joint_components_give_the_joint_product_back(tiny, family):
     """Singular values and vectors of ``W_V W_O`` and ``W_Q W_Kᵀ``, head by head."""
     model = tiny(family)
@@ -104,7 +104,7 @@ def _keep_largest(model, kind, k):
     return el.FrozenSet.from_scores(scores, np.flatnonzero(scores.components["index"] >= k))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
+@in_families(["gpt2", "opt", "bloom"])
 @pytest.mark.parametrize("kind", ["OV", "QK"])
 def test_freezing_all_but_k_truncates_the_joint_matrix(tiny_folder, family, kind):
     """Without rotary embeddings, at any distance, biases included.

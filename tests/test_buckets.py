@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_freezing import edited_by_hand
 from test_scores import one_pass
-from tiny_models import MIXED, dataset
+from tiny_models import MIXED, dataset, in_families
 
 import eigenlens as el
 from eigenlens.gates import Gates
@@ -98,7 +98,7 @@ def test_enough_positions_are_as_without_buckets(tiny, criterion):
         scores_of(model, MIXED, n_positions=-1)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+@in_families(["gpt2", "llama", "bloom"])
 def test_a_much_longer_neighbour_has_no_influence(tiny, family):
     model = tiny(family)
     for criterion in ("mean", "max"):

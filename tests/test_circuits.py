@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import EQUAL, FAMILIES, MIXED, write_tiny_model
+from tiny_models import EQUAL, MIXED, in_families, write_tiny_model
 
 import eigenlens as el
 from eigenlens.circuits.norms import final_gain, gain_after, gain_before
@@ -76,7 +76,7 @@ def test_without_norms_edges_into_readers_of_the_stream_sum_to_their_scores(with
     np.testing.assert_allclose(found.nodes["inflow"], found.nodes["effect"], rtol=1e-6, atol=1e-16)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_with_the_whole_norm_edges_out_sum_to_the_score_in_every_family(tiny, family):
     model = tiny(family)
     scores = scored(model, MIXED, batch_size=2)
@@ -144,7 +144,7 @@ def test_an_edge_through_a_layer_norm_is_the_formula(tiny):
     assert effect_of(found, "L0.W_out[3]", "L1.W_V[2,1]") == pytest.approx(float(expected))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@in_families(["gpt2", "llama"])
 def test_an_edge_inside_a_head_is_weighted_by_attention(tiny, family):
     model = tiny(family)
     scores = scored(model)
@@ -182,7 +182,7 @@ def test_an_edge_inside_a_gated_mlp_has_the_derivative_of_the_gate(tiny):
     assert effect_of(found, "L0.W_gate[1]", "L0.W_out[4]") == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj"])
+@in_families(["gpt2", "llama", "gemma2", "gptj"])
 @pytest.mark.parametrize("norm", ["frozen", "full"])
 def test_weak_cuts_change_the_loss_as_the_edges_say(tiny, family, norm):
     model = tiny(family)
@@ -251,7 +251,7 @@ def test_degenerate_values_are_one_node_whatever_their_basis(tiny_folder):
     np.testing.assert_allclose(cut["measured"], cut["predicted"], rtol=1e-2, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_gains_are_the_norms_up_to_scale(tiny, family):
     model = tiny(family)
     block = model.blocks[1]

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import EQUAL, MIXED
+from tiny_models import EQUAL, MIXED, in_families
 
 import eigenlens as el
 from eigenlens.circuits.nodes import make_nodes
@@ -33,7 +33,7 @@ def weights(model, layer, *kinds):
     return [m.weight.detach() for m in el.weight_matrices(model, kinds, [layer])]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@in_families(["gpt2", "llama", "gemma2"])
 @pytest.mark.parametrize("basis", BASES)
 def test_edges_out_sum_to_the_score_in_every_basis(tiny, family, basis):
     model = tiny(family)
@@ -145,7 +145,11 @@ def test_composition_of_joint_maps_by_hand(tiny):
 
 @pytest.mark.parametrize(
     ("basis", "place"),
-    [("svd", (1, "W_K", 1, 2)), ("svd", (1, "W_O", 3, 0)), ("qk_ov", (1, "QK", 2, 1))],
+    [
+        ("svd", (1, "W_K", 1, 2)),
+        pytest.param("svd", (1, "W_O", 3, 0), marks=pytest.mark.slow),
+        ("qk_ov", (1, "QK", 2, 1)),
+    ],
 )
 def test_a_readout_lists_the_writers_as_composition_does(tiny, basis, place):
     model = tiny("llama")

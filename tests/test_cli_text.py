@@ -135,6 +135,7 @@ def test_the_home_folder_in_variables(home, monkeypatch):
     assert cache_dir() == home / "cache"
 
 
+@pytest.mark.slow
 def test_the_package_itself_is_the_command():
     command = [sys.executable, "-m", "eigenlens", "tasks", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import MIXED
+from tiny_models import MIXED, in_families
 from transformers import AutoModelForCausalLM
 
 import eigenlens as el
@@ -57,7 +57,7 @@ def moved(model, baseline):
     return made
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@in_families(["llama", "gpt2"])
 @pytest.mark.parametrize("baseline", ADAPTERS, ids=lambda b: b.name)
 def test_an_edit_does_what_the_live_layers_do_and_a_file_holds_all_of_it(
     loaded, family, baseline, tmp_path

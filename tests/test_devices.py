@@ -22,7 +22,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of Fa
 TRANSFORMERS_MASK = "eigenlens.metrics.answer_logits"  # transformers asks whether rows are padded
 
 
-@pytest.fixture(params=[1, 2], ids=["one device", "two devices"])
+@pytest.fixture(
+    params=[
+        pytest.param(1, id="one device", marks=pytest.mark.slow),
+        pytest.param(2, id="two devices"),
+    ]
+)
 def device(request, tiny_folder):
     """A model without values, perhaps half of it on another device, and the mode it runs in."""
     # Imported here, since from then on the process knows another device.

@@ -15,7 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from tiny_models import EQUAL, MIXED
+from tiny_models import EQUAL, MIXED, in_families
 from typer.testing import CliRunner
 
 import eigenlens as el
@@ -159,7 +159,7 @@ def nodes():
         made.stop()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+@in_families(["gpt2", "llama", "gemma3"])
 def test_a_packed_model_is_the_same(tiny, family):
     model = tiny(family)
     same = PackedModel.of(model).unpack()

@@ -81,6 +81,7 @@ def test_a_cell_alone_is_the_cell_of_the_study():
         assert {c.name for c in own} <= {cell.name, "ranked"}
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
     def fails(self, search):
         raise RuntimeError("no such rank")

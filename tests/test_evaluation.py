@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import MIXED, dataset
+from tiny_models import MIXED, dataset, in_families
 
 import eigenlens as el
 from eigenlens.evaluation import majority_accuracy
@@ -22,7 +22,7 @@ def evaluation(correct, loss):
     return el.Evaluation(table, Provenance(model="m", model_fingerprint="f", versions={}))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "opt"])
+@in_families(["gpt2", "llama", "bloom", "opt"])
 def test_losses_are_those_of_the_transformers_model(tiny, family):
     model = tiny(family)
     found = el.evaluate(model, MIXED, batch_size=5).examples
@@ -133,7 +133,7 @@ def test_bad_candidates_are_named_by_example(tiny):
         el.evaluate(model, with_candidates(rows, [[" 8", " 7"], None, [" 4", " "]]))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@in_families(["gpt2", "llama"])
 def test_perplexity_is_that_of_the_transformers_model(tiny, family):
     model = tiny(family)
     nats, n_tokens = 0.0, 0

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import MIXED, dataset
+from tiny_models import MIXED, dataset, in_families
 
 import eigenlens as el
 from eigenlens.tasks import make_batches
@@ -31,7 +31,7 @@ def by_hand(model, spectra, place, data):
     return found
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@in_families(["gpt2", "llama"])
 @pytest.mark.parametrize("place", [(1, "W_O", 2, 3), (0, "W_out", 0, 5), (1, "W_Q", 1, 0)])
 def test_extremes_equal_brute_force(tiny, family, place):
     model = tiny(family)

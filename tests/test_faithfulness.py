@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from tiny_models import EQUAL, FAMILIES, MIXED
+from tiny_models import EQUAL, MIXED, in_families
 
 import eigenlens as el
 from eigenlens.exact import exact_effects
@@ -25,8 +25,10 @@ def losses(model, data):
     return el.evaluate(model, data).examples["loss"].to_numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("strength", "batch_size"), [(1.0, 3), (0.3, 1)])
+@in_families()
+@pytest.mark.parametrize(
+    ("strength", "batch_size"), [pytest.param(1.0, 3, marks=pytest.mark.slow), (0.3, 1)]
+)
 def test_exact_effects_equal_freezing_one_by_one(tiny, family, strength, batch_size):
     """Also with padding, several components of a matrix, all layers, one example at a time."""
     model = tiny(family)

@@ -58,6 +58,7 @@ def test_every_axis_is_titled_and_the_width_is_a_papers(name):
     assert any(axis.title.text for axis in figure.select_yaxes())
 
 
+@pytest.mark.slow
 def test_no_text_is_small_cut_off_or_on_top_of_another(tmp_path):
     html = [
         stored(name, FIGURES).figure.to_html(

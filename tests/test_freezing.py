@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import EQUAL, FAMILIES, MIXED, dataset
+from tiny_models import EQUAL, MIXED, dataset, in_families
 
 import eigenlens as el
 from eigenlens.files import FileFormatError
@@ -83,7 +83,7 @@ def edited_by_hand(model, frozen, batch):
             weight.data.copy_(value)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_hooks_equal_edited_weights_and_position_bias(tiny, family):
     model = tiny(family)
     frozen = frozen_half(model, fraction=0.3)
@@ -105,7 +105,7 @@ def test_attenuation_is_in_between(tiny):
     torch.testing.assert_close(hooked, edited_by_hand(model, half, batch), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_nothing_frozen_changes_nothing_and_undo_is_exact(tiny, family):
     model = tiny(family)
     before = logits(model, MIXED)
@@ -254,7 +254,7 @@ def generated_logits(model, tokens, **options):
     return text, torch.stack(steps)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "phi", "gemma2", "opt"])
+@in_families(["gpt2", "llama", "bloom", "phi", "gemma2", "opt"])
 def test_generation_with_and_without_cache_agree(tiny, family):
     model = tiny(family)
     data = dataset([(f"{a} + 2 =", f" {a} 5 {a + 1}") for a in range(8)])

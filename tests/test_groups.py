@@ -64,7 +64,7 @@ def test_first_order_effects_are_those_of_the_scores(edit):
     np.testing.assert_allclose(found, expected * strength, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("means", ["position", "shared"])
+@pytest.mark.parametrize("means", [pytest.param("position", marks=pytest.mark.slow), "shared"])
 def test_joint_effects_equal_brute_force(edit, means):
     model, scores, _, frozen = edit
     frozen = frozen if means == "position" else frozen.shared()

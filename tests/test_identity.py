@@ -63,6 +63,7 @@ def test_other_weights_are_other_cells(study):
     assert run() == 0
 
 
+@pytest.mark.slow
 def test_other_data_of_the_same_name_are_other_cells(study):
     run, _, data = study
     rows = [*ROWS[:-1], {"prompt": "9 + 9 =", "answer": " 18"}]
@@ -71,6 +72,7 @@ def test_other_data_of_the_same_name_are_other_cells(study):
     assert run() == 0
 
 
+@pytest.mark.slow
 def test_another_type_or_kind_of_device_is_another_cell(study, monkeypatch):
     run, *_ = study
     monkeypatch.setattr(grid, "load_model", lambda name: el.load_model(name, dtype="float64"))
@@ -89,6 +91,7 @@ def test_conditions_are_those_of_the_model(tiny, monkeypatch):
     assert found["model"] == el.decompose(model, progress=False).provenance.model_fingerprint
 
 
+@pytest.mark.slow
 def test_another_default_is_another_cell(study, monkeypatch):
     run, *_ = study
 
@@ -111,6 +114,7 @@ def test_another_default_is_another_cell(study, monkeypatch):
         el.LearnedConfig.model_rebuild(force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["score", "studies"])
 def test_another_version_of_a_stage_is_another_cell(study, monkeypatch, stage):
     run, *_ = study

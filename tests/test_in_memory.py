@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import transformers as tf
-from tiny_models import CONFIGS, FAMILIES, MIXED, word_tokenizer
+from tiny_models import CONFIGS, MIXED, in_families, word_tokenizer
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -26,7 +26,7 @@ def logits(model):
     return getattr(found, "logits", found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_the_given_weights_are_used(family):
     plain = plain_model(family).eval()
     wanted = logits(plain)
@@ -38,7 +38,7 @@ def test_the_given_weights_are_used(family):
     assert el.evaluate(model, MIXED).provenance.model == type(plain).__name__
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "falcon", "phi3"])
+@in_families(["gpt2", "llama", "falcon", "phi3"])
 def test_a_model_in_memory_and_the_same_one_from_a_folder(family, tiny_folder, tmp_path):
     """Hooks, types and numbers are those of a folder; attention was not eager before."""
     plain = tf.AutoModelForCausalLM.from_pretrained(tiny_folder(family))
@@ -224,7 +224,7 @@ def test_without_peft_the_package_is_named(adapter, monkeypatch):
         el.load_model(adapter[0] / "adapter", merge_adapter=True)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi", "gemma2", "bloom"])
+@in_families(["gpt2", "phi", "gemma2", "bloom"])
 def test_a_bridge_of_boot_transformers_is_made_ready(family, tiny_folder):
     bridge = TransformerBridge.boot_transformers(str(tiny_folder(family)), device="cpu").train()
     model = el.load_model(bridge)

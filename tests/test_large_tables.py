@@ -63,6 +63,7 @@ np.testing.assert_array_equal(back.means.values, again.means.values)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows", [400_000, pytest.param(4_000_000, marks=pytest.mark.slow)], ids="{:,}".format
 )

@@ -194,12 +194,14 @@ def test_bad_input_is_one_sentence(run, edit, tiny_folder, capsys, arguments, me
     assert message in sentence
 
 
+@pytest.mark.slow
 def test_the_command_starts_the_harness():
     command = [sys.executable, "-m", "eigenlens.lm_eval", "run", "--help"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--model_args" in found.stdout
 
 
+@pytest.mark.slow
 def test_without_the_harness_its_extra_is_named():
     code = "import sys; sys.modules['lm_eval'] = None; import eigenlens.lm_eval"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

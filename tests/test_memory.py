@@ -83,7 +83,11 @@ def each(model):
 
 
 NAMES = ("score", "worst", "evaluate", "exact", "single", "gates", "protected", "harm")
-CASES = [*((name, "processor") for name in NAMES), ("score", "device"), ("gates", "Python")]
+CASES = [
+    ("score", "device"),
+    ("gates", "Python"),
+    *(pytest.param(name, "processor", marks=pytest.mark.slow) for name in NAMES),
+]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

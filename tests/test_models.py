@@ -3,13 +3,13 @@
 import pytest
 import torch
 import transformers as tf
-from tiny_models import FAMILIES
+from tiny_models import in_families
 
 import eigenlens as el
 from eigenlens.models import UnknownModelError, known
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_logits_are_those_of_transformers(tiny, tiny_folder, family):
     model = tiny(family)
     plain = tf.AutoModelForCausalLM.from_pretrained(

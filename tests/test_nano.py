@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tiny_models import EQUAL, FAMILIES, REFUSED, word_tokenizer
+from tiny_models import EQUAL, FAMILIES, REFUSED, in_families, word_tokenizer
 
 import eigenlens as el
 from eigenlens import nano
@@ -35,7 +35,7 @@ def toolkit_places(table):
     return list(zip(names, table["head"], table["index"], strict=True))
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@in_families(SUPPORTED)
 def test_scores_and_frozen_logits_are_the_toolkits(tiny, tiny_folder, family):
     bridge, model = tiny(family), plain(tiny_folder(family))
     scores = el.score(bridge, el.decompose(bridge, progress=False), EQUAL, progress=False)
@@ -95,6 +95,7 @@ def test_it_is_short_and_stands_on_its_own():
     assert not [name for name in imported if "eigenlens" in name or "transformer_lens" in name]
 
 
+@pytest.mark.slow
 def test_as_a_program_it_uncovers_the_products_of_arith_tiny():
     done = subprocess.run([sys.executable, FILE], capture_output=True, text=True, check=True)
     before, after = (int(line.split()[-1].rstrip("%")) for line in done.stdout.splitlines())

@@ -88,6 +88,7 @@ def test_predicted_harm_is_half_the_mean_square_of_the_slopes_of_single_passages
     assert at_zero.max() > 0
 
 
+@pytest.mark.slow
 def test_an_open_gate_costs_its_price(writer):
     """With prices alone, gates that harm nothing open and those that harm stay shut."""
     scores = el.score(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny_models import EQUAL, MIXED
+from tiny_models import EQUAL, MIXED, in_families
 
 import eigenlens as el
 from eigenlens.exact import exact_effects
@@ -85,7 +85,7 @@ def test_jsonl_keeps_counterparts(tmp_path):
     } == {f"p {i}": f"q {i}" if i % 2 else None for i in range(10)}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@in_families(["gpt2", "llama"])
 @pytest.mark.parametrize("data", [PAIRED, LONG], ids=["equal", "padded"])
 def test_first_order_scores_are_the_slope_towards_the_counterpart(tiny, family, data):
     """Finite differences: activations moved a little towards those of the corrupt run, by hand."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny_models import EQUAL, MIXED
+from tiny_models import EQUAL, MIXED, in_families
 from transformers import AutoModelForCausalLM
 
 import eigenlens as el
@@ -59,7 +59,7 @@ def test_gradient_times_activation_is_the_product(tiny):
     np.testing.assert_allclose(found.means.values, means.values)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3", "gptj"])
+@in_families(["gpt2", "gemma3", "gptj"])
 @pytest.mark.parametrize("reference", ["mean", "pair", "resample"])
 def test_scores_along_activations_add_up_to_replacing_the_matrix(tiny, family, reference):
     model = tiny(family)
@@ -163,7 +163,7 @@ def test_scores_along_inputs_equal_plain_transformers(tiny, tiny_folder):
     same(found.delta_loss, torch.cat(expected).numpy() / len(EQUAL))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bloom", "gptj", "phi"])
+@in_families(["llama", "gemma3", "gpt2", "bloom", "gptj", "phi"])
 def test_qk_correction_is_the_change_of_attention_times_its_gradient(tiny, tiny_folder, family):
     """Attention of transformers itself, with the query or key of one component replaced."""
     model = tiny(family)
@@ -226,7 +226,7 @@ def test_qk_correction_leaves_other_maps_as_they_are(tiny):
     assert not np.allclose(one.delta_loss[~rest], other.delta_loss[~rest], rtol=0.01)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gptj"])
+@in_families(["llama", "gemma2", "gptj"])
 def test_graddrop_is_the_mean_magnitude_without_one_layer(tiny, family):
     """By hand: gradients of the model whose layer's attention and MLP put out constants."""
     model = tiny(family)
@@ -314,6 +314,7 @@ def test_peers_are_saved_and_not_mixed_up(tiny, tmp_path):
         quiet(model, spectra, EQUAL, criterion="eap_ig_inputs", steps=0)
 
 
+@pytest.mark.slow
 def test_study_counts_verifications_and_what_scores_cost(tmp_path):
     file = tmp_path / "peers.yaml"
     file.write_text(

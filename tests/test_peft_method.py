@@ -10,7 +10,7 @@ from peft import PeftModel
 from test_attach import LONG, TOKENS, generate, left_padded, plain
 from test_freezing import frozen_half
 from test_take_home import attached, attenuated
-from tiny_models import _WIDTHS, FAMILIES
+from tiny_models import _WIDTHS, in_families
 
 import eigenlens as el
 from eigenlens.matrices import UnsupportedModelError
@@ -23,7 +23,7 @@ def predicted(model):
         return model(input_ids=TOKENS).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_a_folder_loads_into_a_plain_base(tiny, tiny_folder, tmp_path, family):
     model, frozen = plain(tiny_folder(family)), frozen_half(tiny(family), fraction=0.4)
     to_peft(model, frozen, tmp_path)
@@ -65,7 +65,7 @@ def test_adapters_take_turns(tiny, tiny_folder):
     assert not base._forward_pre_hooks
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "falcon"])
+@in_families(["llama", "gpt2", "gpt_neox", "falcon"])
 def test_merging_shared_means_is_exact(tiny, tiny_folder, tmp_path, family):
     model, frozen = plain(tiny_folder(family)), attenuated(tiny(family))
     wanted, untouched = attached(model, frozen), predicted(model)
@@ -119,6 +119,7 @@ def test_other_bases_are_refused_and_rounded_ones_are_not(tiny, tiny_folder, tmp
     assert half(input_ids=LONG).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_peft_alone_says_what_to_import(tiny, tiny_folder, tmp_path):
     to_peft(plain(tiny_folder("llama")), frozen_half(tiny("llama")), tmp_path)
     assert "import eigenlens.peft" in (tmp_path / "README.md").read_text()

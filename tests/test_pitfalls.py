@@ -9,6 +9,7 @@ import gc
 import weakref
 
 import numpy as np
+import pytest
 import torch
 import transformers as tf
 from tiny_models import EQUAL, VOCAB, word_tokenizer
@@ -73,6 +74,7 @@ def test_no_activation_outlives_its_batch(tiny):
     assert all(x() is None and g() is None for x, g in alive)
 
 
+@pytest.mark.slow
 def test_what_is_kept_does_not_grow_with_the_data(tiny):
     """Pitfall 8: from the second batch to the last, no tensor is added to those that are alive."""
     model = tiny("gpt2")

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import cpu_offload, disk_offload
-from tiny_models import EQUAL, word_tokenizer
+from tiny_models import EQUAL, in_families, word_tokenizer
 
 import eigenlens as el
 from eigenlens.models.placement import check_device_map
@@ -21,7 +21,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", {"": "cpu"}, LAYERS], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@in_families(["llama", "gpt2"])
 def test_a_placed_model_gives_the_numbers_of_one_that_is_not(tiny_folder, family, device_map):
     if family == "gpt2" and len(device_map) > 1 and not isinstance(device_map, str):
         device_map = {"transformer": "cpu", "lm_head": "cpu"}

@@ -76,7 +76,10 @@ def test_a_backward_pass_holds_what_it_needs():
         assert paper.now - before == 4 * x.numel()  # the gradient
 
 
-@pytest.mark.parametrize("config", [gpt2(), llama()], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(gpt2(), id="gpt2", marks=pytest.mark.slow), pytest.param(llama(), id="llama")],
+)
 def test_weights_bases_sums_and_passes_by_hand(config):
     found = plan(config, examples=12, batch_size=5)
     model = tf.AutoModelForCausalLM.from_config(config)
@@ -110,6 +113,7 @@ def test_weights_bases_sums_and_passes_by_hand(config):
     assert passes["decompose"] == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_plan_makes_the_passes_that_run(tmp_path):
     make_model(gpt2(), tmp_path / "model", progress=False)
     model = el.load_model(tmp_path / "model", device="cpu")
@@ -137,6 +141,7 @@ def test_activations_grow_with_tokens_and_half_precision_halves_weights():
     assert half.stages[0].bases == small.stages[0].bases  # directions are float32 in any case
 
 
+@pytest.mark.slow
 def test_several_devices_share_whole_layers():
     found = plan(gpt2(n_layer=5))
     stage = found.stages[0]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scipy.stats
-from tiny_models import EQUAL, MIXED
+from tiny_models import EQUAL, MIXED, in_families
 
 import eigenlens as el
 from eigenlens.exact import exact_effects
@@ -13,8 +13,8 @@ from eigenlens.scoring import single_effects
 from eigenlens.scoring.by_cache import effects_by_cache
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
-@pytest.mark.parametrize("data", [EQUAL, MIXED])
+@in_families(["gpt2", "llama", "phi"])
+@pytest.mark.parametrize("data", [pytest.param(EQUAL, marks=pytest.mark.slow), MIXED])
 def test_integrated_scores_add_up_to_the_effect_of_freezing_all(tiny, family, data):
     model = tiny(family)
     base = el.score(model, el.decompose(model, progress=False), data, progress=False)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import EQUAL, FAMILIES
+from tiny_models import EQUAL, in_families
 
 import eigenlens as el
 from eigenlens.paper.released_code import (
@@ -130,7 +130,7 @@ def test_a_maximum_over_constant_positions_is_never_negative(tiny):
     assert (found.delta_loss >= 0).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_raw_inputs_have_a_hook_in_every_family(tiny, family):
     model = tiny(family)
     names = {m.name: raw_input_hook(model, m) for m in el.weight_matrices(model)}

@@ -220,6 +220,7 @@ def test_what_is_no_finished_run_is_refused_with_what_to_do(copy, tmp_path):
     assert not (copy / "report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("basis", "what"),
     [
@@ -246,6 +247,7 @@ def test_a_run_in_another_basis_has_a_whole_report(tmp_path, basis, what):
         assert faults_of_text(page, smallest=12) == []
 
 
+@pytest.mark.slow
 def test_texts_of_a_task_stay_texts(copy):
     """A prompt with markup is shown letter by letter and runs nothing."""
     nasty = "</td></script><script>document.title='run'</script><b>&amp;"
@@ -296,6 +298,7 @@ def test_passages_are_those_of_examples(finished, copy):
                 assert shown.split("\n") == expected
 
 
+@pytest.mark.slow
 def test_the_edit_scaled_back_is_that_of_frontier(finished, copy):
     """Where there is text besides the task's own: half of it chooses, half of it reports."""
     _, result = finished
@@ -347,6 +350,7 @@ def test_groups_are_those_of_groups(finished, page):
     assert len(rows) == len(found) == count > 1
 
 
+@pytest.mark.slow
 def test_tokens_of_passages_stay_texts(copy, monkeypatch):
     nasty = "</td></script><script>document.title='run'</script><b>&amp;"
     look = inside.look_inside

@@ -34,9 +34,13 @@ def score_differences(plain, inputs):
 @pytest.mark.parametrize(
     ("family", "kind", "distance"),
     [
-        *((family, "QK", 7) for family in ("llama", "mistral", "phi", "phi3", "gpt_neox")),
-        ("llama", "QK", 1),
-        ("llama", "W_Q", 5),
+        ("llama", "QK", 7),
+        *(
+            pytest.param(family, "QK", 7, marks=pytest.mark.slow)
+            for family in ("mistral", "phi", "phi3", "gpt_neox")
+        ),
+        pytest.param("llama", "QK", 1, marks=pytest.mark.slow),
+        pytest.param("llama", "W_Q", 5, marks=pytest.mark.slow),
         ("phi", "W_K", 5),
     ],
 )

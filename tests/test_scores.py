@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import EQUAL, FAMILIES, MIXED, dataset
+from tiny_models import EQUAL, MIXED, dataset, in_families
 from transformers.pytorch_utils import Conv1D
 
 import eigenlens as el
@@ -52,7 +52,7 @@ def gradient_of_sigma(model, spectra, data):
     return torch.cat(found).numpy() / len(data)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 @pytest.mark.parametrize("data", [EQUAL, MIXED], ids=["equal", "padded"])
 def test_zero_reference_is_minus_sigma_times_gradient(tiny, family, data):
     model = tiny(family)
@@ -63,7 +63,7 @@ def test_zero_reference_is_minus_sigma_times_gradient(tiny, family, data):
     np.testing.assert_allclose(scores.delta_loss, expected, rtol=1e-8, atol=1e-8 * scale)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_streaming_equals_sum_over_stored_activations(tiny, family):
     model = tiny(family)
     spectra = spectra_of(model)
@@ -183,7 +183,7 @@ def test_halves_merge_to_the_whole(tiny, whole):
             )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "falcon"])
+@in_families(["gpt2", "llama", "falcon"])
 @pytest.mark.parametrize("reference", ["mean", "shared", "zero", "resample"])
 def test_projecting_batch_by_batch_gives_the_same(tiny, family, reference):
     """Where there is no room for the sums of outer products."""
@@ -465,7 +465,7 @@ def test_bad_models_and_data_are_refused(tiny, tiny_folder):
         spectra_of(model)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
+@in_families(["gpt2", "llama", "phi"])
 def test_processed_weights_of_the_bridge_score_like_any(tiny_folder, family):
     """Under TransformerLens' compatibility mode, which folds norms, scoring was a bare KeyError."""
     model = el.load_model(tiny_folder(family), dtype=torch.float64, device="cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import EQUAL, MIXED
+from tiny_models import EQUAL, MIXED, in_families
 
 import eigenlens as el
 from eigenlens import provenance
@@ -82,7 +82,7 @@ def test_the_gradient_of_a_gate_is_the_slope_of_the_loss(arith):
         assert (values[1] - values[0]) / 2e-5 == pytest.approx(slopes[row], rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "phi", "gemma2", "opt", "falcon"])
+@in_families(["gpt2", "llama", "phi", "gemma2", "opt", "falcon"])
 @pytest.mark.parametrize("data", [EQUAL, MIXED])
 def test_gates_do_what_freezing_does(tiny, family, data):
     """Logits under gates equal those of a FrozenSet with the same strengths, also with padding."""
@@ -105,7 +105,7 @@ def test_gates_do_what_freezing_does(tiny, family, data):
     assert (frozen - before).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
+@in_families(["gpt2", "llama", "phi"])
 @pytest.mark.parametrize("criterion", ["mean", "fisher"])
 @pytest.mark.parametrize("n_positions", [None, 2])
 def test_scores_under_an_edit_are_the_gradients_of_its_gates(tiny, family, criterion, n_positions):
@@ -143,7 +143,7 @@ def test_means_of_other_components_are_refused(tiny):
         el.score(model, spectra.select(["W_O"]), MIXED, means=base, progress=False)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
+@in_families(["gpt2", "llama", "phi"])
 def test_at_closed_gates_the_gradient_is_the_score(tiny, family):
     model = tiny(family)
     base = el.score(model, el.decompose(model, progress=False), MIXED, progress=False)
@@ -166,7 +166,7 @@ def test_gates_leave_the_model_after_an_exception(arith):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
-@pytest.mark.parametrize("attenuate", [False, True])
+@pytest.mark.parametrize("attenuate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_learned_gates_help_and_leave_the_model_as_it_was(arith, attenuate):
     model, base, task = arith
     before = loss(model, task.validation)
@@ -195,8 +195,8 @@ def test_learned_gates_help_and_leave_the_model_as_it_was(arith, attenuate):
     "options",
     [
         {"relax": "hard_concrete", "dropout": 0.0, "sparsity": 1.0},
-        {"relax": "penalised"},
-        {"spread": 2.0},
+        pytest.param({"relax": "penalised"}, marks=pytest.mark.slow),
+        pytest.param({"spread": 2.0}, marks=pytest.mark.slow),
     ],
 )
 def test_other_ways_to_train_gates_help_too(arith, options):
@@ -251,6 +251,7 @@ def test_iterative_takes_the_best_step_of_its_trace(arith):
     assert found.trace["validation_accuracy"][1] == first.accuracy
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 100),
@@ -339,22 +340,18 @@ def run_search(name, arith, **more):
     return learn(*data, steps=25, every=5, attenuate="attenuated" in name, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
         "iterative",
         "learned",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in (
-                "guarded",
-                "attenuated",
-                "kept",
-                "hard concrete",
-                "protected guarded",
-                "protected learned",
-            )
-        ),
+        "guarded",
+        "attenuated",
+        "kept",
+        "hard concrete",
+        "protected guarded",
+        "protected learned",
     ],
 )
 def test_a_killed_search_resumes_to_the_same_result(arith, monkeypatch, tmp_path, name):
@@ -482,7 +479,7 @@ def test_a_checkpoint_of_another_search_is_refused(arith, tmp_path):
             )
 
 
-@pytest.mark.parametrize("search", [guard, learn])
+@pytest.mark.parametrize("search", [pytest.param(guard, marks=pytest.mark.slow), learn])
 def test_protected_data_stay_within_their_bound(arith, search):
     """The product's rivals cost the sum most of its answers; under protection they may not."""
     model, base, task = arith
@@ -533,7 +530,7 @@ def test_wrong_options_name_themselves(arith):
         Protection(model, {})
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@in_families(["gpt2", "llama"])
 @pytest.mark.parametrize("share", [0.02, 0.7])
 def test_gates_of_some_components_do_what_all_gates_do_with_the_others_shut(tiny, family, share):
     model = tiny(family)

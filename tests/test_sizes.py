@@ -85,6 +85,7 @@ def test_a_model_is_made_once_and_goes_on_shard_by_shard(tmp_path, monkeypatch):
         make_model(small_config(), folder, seed=1, progress=False)
 
 
+@pytest.mark.slow
 def test_memory_while_making_stays_at_a_shard(tmp_path):
     """A model of 96 MB in shards of 8 MB, in a process of its own."""
     config = {**SMALL, "n_layer": 8, "n_embd": 496, "n_head": 8, "n_positions": 64}
@@ -129,6 +130,7 @@ def test_prompts_have_the_length_that_was_asked_for(made):
             assert int(a) + int(b) == int(found)
 
 
+@pytest.mark.slow
 def test_every_stage_says_what_it_took(made, tmp_path):
     config = ChainConfig(model=str(made), examples=6, batch_size=3, device="cpu")
     found = {name: run_stage(name, config, tmp_path) for name in STAGES}

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from tiny_models import EQUAL, FAMILIES, REFUSED
+from tiny_models import EQUAL, REFUSED, in_families
 
 import eigenlens as el
 from eigenlens import bases, cache, decomposition
@@ -22,7 +22,7 @@ from eigenlens.matrices import MATRIX_KINDS, Site
 from eigenlens.spectra import Spectrum
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_components_are_the_singular_ones_of_lapack(tiny, family):
     model = tiny(family)
     spectra = el.decompose(model, progress=False)
@@ -70,7 +70,7 @@ def test_the_small_side_is_where_heads_are_apart_or_the_map_is_narrow(tiny):
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_matrices_agree_with_the_bridge(tiny, family):
     """Our per-head weights are TransformerLens' own, where it lists them per head."""
     model = tiny(family)
@@ -228,7 +228,7 @@ def test_projections_equal_the_map(tiny):
         torch.testing.assert_close(c, own.coordinates(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi", "llama", "opt"])
+@in_families(["gpt2", "phi", "llama", "opt"])
 def test_coordinates_at_zero_input_are_those_of_the_bias(tiny, family):
     model = tiny(family)
     for s in el.decompose(model, progress=False).values():

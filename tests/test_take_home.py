@@ -19,6 +19,7 @@ from tiny_models import (
     FAMILIES,
     MIXED,
     VOCAB,
+    in_families,
     word_tokenizer,
     write_tiny_model,
 )
@@ -101,7 +102,7 @@ def check_same_answers_everywhere(load, bridge, frozen, data, folder):
     assert [answers(model.eval(), batches) for model in models] == [wanted, wanted]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@in_families(["llama", "gpt2", "gpt_neox"])
 def test_an_edit_gives_the_same_answers_wherever_it_lives(tiny, tiny_folder, tmp_path, family):
     source = tiny_folder(family)
     check_same_answers_everywhere(
@@ -113,7 +114,7 @@ def test_an_edit_gives_the_same_answers_wherever_it_lives(tiny, tiny_folder, tmp
     )
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITHOUT_BIASES])
+@in_families([name for name in FAMILIES if name not in WITHOUT_BIASES])
 def test_a_baked_folder_predicts_the_same(tiny, tiny_folder, tmp_path, family):
     matrices = BAKED.get(family)
     model = plain(tiny_folder(family))
@@ -274,6 +275,7 @@ for folder in folders:
 """
 
 
+@pytest.mark.slow
 def test_lora_adapters_load_where_eigenlens_is_not(tiny, tiny_folder, tmp_path):
     for family in FAMILIES:
         (tmp_path / family).symlink_to(tiny_folder(family))

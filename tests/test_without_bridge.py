@@ -12,7 +12,7 @@ import torch
 from test_attach import LONG, PROMPTS, TOKENS, generate, left_padded, plain, teacher_forced
 from test_freezing import frozen_half
 from test_take_home import attenuated
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, in_families
 
 import eigenlens as el
 from eigenlens.frozen_set import UnplacedError, WrongModelError
@@ -134,7 +134,8 @@ def elsewhere(tiny_folder, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
+@in_families()
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def test_logits_and_texts_are_those_of_the_bridge(elsewhere, family, dtype):
     bridge, frozen, shared, found = elsewhere(dtype)[family]
@@ -157,13 +158,14 @@ def test_logits_and_texts_are_those_of_the_bridge(elsewhere, family, dtype):
     assert ("baked" in found) != ("cannot have" in found.get("refused", ""))
 
 
+@pytest.mark.slow
 def test_every_family_but_those_without_biases_was_baked(elsewhere):
     made = elsewhere("float64")
     refused = {family for family in FAMILIES if "refused" in made[family][-1]}
     assert refused == {"phi3", "mistral", "gemma2", "gemma3", "qwen3", "gptj"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@in_families()
 def test_the_plain_model_inside_a_bridge_is_read_as_it_is(tiny, tiny_folder, family):
     """Names and numbers of all parameters are those that transformers has."""
     wanted = dict(plain(tiny_folder(family)).named_parameters())
@@ -216,6 +218,7 @@ def shared_edit(tiny_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_apply_and_export_need_no_bridge(shared_edit, tiny_folder, tmp_path):
     edit = shared_edit / "with.safetensors"
     given = ("--prompt", "1 + 2 =", "--new-tokens", 4, "--device", "cpu", "--json")

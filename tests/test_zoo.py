@@ -54,6 +54,7 @@ def test_the_card_states_what_is_measured(arith):
         assert f"| `{name}` | {value:.2%} |" in card
 
 
+@pytest.mark.slow
 def test_training_is_seeded_and_learns():
     one, curve, _ = train(8, seed=3)
     two, _, _ = train(8, seed=3)
@@ -61,6 +62,7 @@ def test_training_is_seeded_and_learns():
     assert curve[-1]["loss"] < curve[0]["loss"]
 
 
+@pytest.mark.slow
 def test_it_loads_without_network_or_cache(tmp_path):
     code = "import eigenlens as el; print(el.load_model('arith-tiny', device='cpu').cfg.n_layers)"
     environment = {

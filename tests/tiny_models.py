@@ -1,5 +1,8 @@
 """Tiny random models with the real configurations of many families, and data to run them on."""
 
+from collections.abc import Iterable
+
+import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
@@ -71,6 +74,19 @@ CONFIGS = {
 PARTLY = ("mixtral", "qwen2_moe", "jamba")  # experts, or a state space, beside what is dense
 REFUSED = (*PARTLY, "mamba")
 FAMILIES = tuple(name for name in CONFIGS if name not in REFUSED)
+# One of each kind: learned positions, parallel blocks, grouped queries, norms on both sides.
+TYPICAL = ("gpt2", "phi", "llama", "gemma3")
+
+
+def in_families(families: Iterable[str] = FAMILIES) -> pytest.MarkDecorator:
+    """Once in each family; in those that are like others, as a slow test."""
+    return pytest.mark.parametrize(
+        "family",
+        [
+            pytest.param(name, marks=() if name in TYPICAL else pytest.mark.slow)
+            for name in families
+        ],
+    )
 
 
 def word_tokenizer() -> tf.PreTrainedTokenizerFast:

