@@ -207,7 +207,17 @@ def arith():
 
 @pytest.mark.parametrize(
     "baseline",
-    [*TRAINED, bl.Pissa(ranks=(2,), learning_rates=(1e-3,), epochs=4), bl.AveragedCalibration()],
+    [
+        *TRAINED[:3],
+        *(
+            pytest.param(baseline, marks=pytest.mark.slow)
+            for baseline in (
+                *TRAINED[3:],
+                bl.Pissa(ranks=(2,), learning_rates=(1e-3,), epochs=4),
+                bl.AveragedCalibration(),
+            )
+        ),
+    ],
     ids=lambda b: b.name,
 )
 def test_training_helps_and_leaves_the_model_as_it_was(arith, baseline, tmp_path):

@@ -127,6 +127,7 @@ def test_estimates_circuits_and_activations(device):
     assert el.activation_change(model, frozen, task.test).n_examples == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", [1], indirect=True)
 def test_inner_loops_do_not_wait_for_the_device(device):
     model, task, mode = device

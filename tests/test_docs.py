@@ -31,7 +31,13 @@ def with_examples():
             yield pytest.param(page, marks=[pytest.mark.slow] if starts else [], id=name(page))
 
 
-@pytest.mark.parametrize("page", list(with_examples()))
+@pytest.mark.parametrize(
+    "page",
+    [
+        page if "get-started" in str(page) else pytest.param(page, marks=pytest.mark.slow)
+        for page in with_examples()
+    ],
+)
 def test_the_examples_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

@@ -62,6 +62,7 @@ def nothing_is_fitted(*args, **kwargs):
     raise AssertionError("a cell was made here")
 
 
+@pytest.mark.slow
 def test_cells_come_back_as_one_process_makes_them(alone, tmp_path, monkeypatch):
     cluster = InTurn()
     make_cells(STUDY, tmp_path, cluster)
@@ -97,6 +98,7 @@ def test_a_failing_cell_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
     assert not done & {key.split(", ")[1] for key in again.keys}
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_another_one_over_there(tmp_path, monkeypatch):
     monkeypatch.setattr(elsewhere, "_new", lambda folder, given: {})
     with pytest.raises(ValueError, match=r"product, before, .* came back as another cell"):

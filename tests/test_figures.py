@@ -38,6 +38,7 @@ def no_browser(monkeypatch):
     monkeypatch.setattr(chromium.Chromium, "find_browser", lambda **_: None)
 
 
+@pytest.mark.slow
 def test_pages_and_index_say_what_the_tables_hold(tables):
     """Fails when a study's texts changed: `eigenlens figures` writes the pages anew."""
     for name in STORED:

@@ -23,7 +23,13 @@ def case():
     return model, el.decompose(model, progress=False), task
 
 
-@pytest.mark.parametrize(("grid", "n_parts"), GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize(
+    ("grid", "n_parts"),
+    [
+        pytest.param(*given, id=name, marks=pytest.mark.slow if name in ("LoRA", "IA3") else ())
+        for name, given in GRIDS.items()
+    ],
+)
 def test_in_parts_as_in_one_piece(case, grid, n_parts):
     model = case[0]
     before = model_fingerprint(model)

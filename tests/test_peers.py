@@ -59,7 +59,9 @@ def test_gradient_times_activation_is_the_product(tiny):
     np.testing.assert_allclose(found.means.values, means.values)
 
 
-@in_families(["gpt2", "gemma3", "gptj"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "gptj"))]
+)
 @pytest.mark.parametrize("reference", ["mean", "pair", "resample"])
 def test_scores_along_activations_add_up_to_replacing_the_matrix(tiny, family, reference):
     model = tiny(family)

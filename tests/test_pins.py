@@ -14,6 +14,7 @@ from eigenlens import pipeline
 from eigenlens.circuits.nodes import EMBED, LOGITS
 from eigenlens.report import inside, write_report
 
+pytestmark = pytest.mark.slow
 CONFIG = el.EigenpruneConfig(
     model="arith-tiny",
     device="cpu",
@@ -126,7 +127,6 @@ def test_a_click_on_a_node_shows_what_the_circuit_holds(report, page):
     assert page.ask(PINNED) == [drawn[-1], drawn[len(drawn) // 2], drawn[0]]
 
 
-@pytest.mark.slow
 def test_pins_come_and_go(report, page):
     _, found = report
     one, two = node_at(page, 0), found.nodes["node"].iloc[-1]
@@ -174,9 +174,7 @@ def test_the_keyboard_does_all_of_it(report, page):
     assert page.ask(PINNED) == []
 
 
-@pytest.mark.parametrize(
-    "width", [*(pytest.param(w, marks=pytest.mark.slow) for w in (1280, 900)), 400]
-)
+@pytest.mark.parametrize("width", [1280, 900, 400])
 def test_cards_fit_the_window_and_hide_no_figure(page, width):
     page.resize(width)
     page.click(f"{NODES}[2]")
@@ -195,7 +193,6 @@ def test_cards_fit_the_window_and_hide_no_figure(page, width):
     assert wide == []
 
 
-@pytest.mark.slow
 def test_a_page_without_the_model_has_no_buttons(report, tmp_path):
     write_report(report[0].parent, tmp_path / "page.html", inside=False)
     with visit(tmp_path / "page.html", 1280) as page:
@@ -204,7 +201,6 @@ def test_a_page_without_the_model_has_no_buttons(report, tmp_path):
         assert page.problems == []
 
 
-@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(report, tmp_path):
     folder = report[0].parent
     pages = [write_report(folder, tmp_path / f"{n}.html", progress=False) for n in range(2)]

@@ -162,6 +162,7 @@ def test_nothing_is_made_on_paper():
     assert resident.peak() - before < 0.25e9
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_a_plan(tmp_path):
     file, out = tmp_path / "small.json", tmp_path / "plan.json"
     file.write_text(json.dumps({"model_type": "gpt2", **GPT2}))

@@ -13,7 +13,9 @@ from eigenlens.scoring import single_effects
 from eigenlens.scoring.by_cache import effects_by_cache
 
 
-@in_families(["gpt2", "llama", "phi"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "phi"))]
+)
 @pytest.mark.parametrize("data", [pytest.param(EQUAL, marks=pytest.mark.slow), MIXED])
 def test_integrated_scores_add_up_to_the_effect_of_freezing_all(tiny, family, data):
     model = tiny(family)

@@ -152,6 +152,7 @@ def test_every_table_sorts_by_every_column(finished, page):
     assert focus == "BUTTON"
 
 
+@pytest.mark.slow
 def test_on_a_phone_nothing_is_wider_than_the_screen(finished):
     folder, _ = finished
     with visit(folder / "report.html", 390) as page:
@@ -274,6 +275,7 @@ def test_a_run_that_froze_nothing_has_a_report(copy, finished):
     assert 'id="figure-map"' not in text
 
 
+@pytest.mark.slow
 def test_passages_are_those_of_examples(finished, copy):
     """Of a text that is given, too: one component at a time, the extreme token marked."""
     _, result = finished

@@ -239,6 +239,7 @@ def test_apply_and_export_need_no_bridge(shared_edit, tiny_folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_edit_without_directions_says_what_it_needs(shared_edit):
     found = run_without(
         "-c", WITHOUT, "apply", shared_edit / "without.safetensors", "--prompt", "1"
