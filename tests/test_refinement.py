@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scipy.stats
-from tiny_models import EQUAL, MIXED, in_families
+from tiny_models import EQUAL, MIXED
 
 import eigenlens as el
 from eigenlens.exact import exact_effects
