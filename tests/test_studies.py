@@ -2,11 +2,16 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 import eigenlens as el
-from eigenlens.paper.studies import estimators, searches
+from eigenlens.cli import app
+from eigenlens.paper import studies
+from eigenlens.paper.studies import estimators, figures, searches
 from eigenlens.paper.studies.parts import Parts
 from eigenlens.statistics import wilson_interval
 
@@ -106,3 +111,26 @@ def test_estimators_are_judged_by_exact_effects(tmp_path, monkeypatch):
     monkeypatch.setattr(estimators, "_measure", lambda *a: pytest.fail("measured again"))
     again = estimators.run(models=("arith-tiny",), parts=tmp_path)
     assert again.summary.equals(found.summary)
+
+
+def test_all_runs_every_study_and_says_how_long(monkeypatch, tmp_path):
+    made = []
+
+    def result(name):
+        made.append(name)
+        return SimpleNamespace(
+            save=lambda folder: (folder / name).touch(), summary=pd.DataFrame({"study": [name]})
+        )
+
+    named = {name: SimpleNamespace(MINUTES=90, run=lambda name=name: result(name)) for name in "ab"}
+    monkeypatch.setattr(studies, "EXPERIMENTS", named)
+    monkeypatch.setattr(figures, "write_index", lambda folder: (folder / "index").touch())
+    found = CliRunner().invoke(app, ["experiment", "all", "--out", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    assert made == ["a", "b"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "index"}
+    assert "About 3 hours on 2 cores" in found.output
+    refused = CliRunner().invoke(app, ["experiment", "all", "--model", "arith-tiny"])
+    assert refused.exit_code == 1
+    assert "drop --model" in refused.output
+    assert made == ["a", "b"]
