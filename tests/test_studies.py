@@ -131,6 +131,6 @@ def test_all_runs_every_study_and_says_how_long(monkeypatch, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "index"}
     assert "About 3 hours on 2 cores" in found.output
     refused = CliRunner().invoke(app, ["experiment", "all", "--model", "arith-tiny"])
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "drop --model" in refused.output
     assert made == ["a", "b"]
