@@ -9,8 +9,8 @@ once, and again only where an operation of PyTorch has changed one.
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
-from importlib.metadata import version
+from functools import cache, wraps
+from importlib import metadata
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,7 @@ from eigenlens.places import is_unchanged, plain_parameters
 P = ParamSpec("P")
 T = TypeVar("T")
 _ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
+_version = cache(metadata.version)  # every result records them, and each is read from a file
 _PACKAGES = ("eigenlens", "torch", "transformers", "transformer-lens", "numpy")
 
 
@@ -93,7 +94,7 @@ class Provenance(BaseModel):
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
 def tensor_hash(tensor: Tensor) -> str:

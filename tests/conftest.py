@@ -1,5 +1,6 @@
 """Shapes and types are enforced on the whole package; no test reaches the network."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +29,12 @@ torch.set_num_threads(
 def pytest_collection_modifyitems(items):
     """Tests that register a device for the whole process run last."""
     items.sort(key=lambda item: item.path.name == "test_devices.py")
+
+
+def pytest_collection_finish():
+    """What was imported stays: collecting garbage need not go through a million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
