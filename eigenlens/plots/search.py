@@ -32,11 +32,18 @@ def search_trace(result: SearchResult) -> go.Figure:
     figure.add_trace(
         _line(trace["step"], trace["components"], "components", VERMILION), row=3, col=1
     )
+    most = max(1, trace["components"].max())
     chosen = trace.loc[trace["chosen"], "step"].iloc[0]
     figure.add_vline(x=chosen, line={"color": "#444444", "dash": "dot", "width": 1.5})
     figure.update_yaxes(title_text="accuracy", tickformat=".0%", range=[-0.03, 1.03], row=1)
     figure.update_yaxes(title_text="loss (nats)", rangemode="tozero", row=2)
-    figure.update_yaxes(title_text=f"components<br>{plain(result.frozen.edit)}", row=3)
+    figure.update_yaxes(
+        title_text=f"components<br>{plain(result.frozen.edit)}",
+        range=[-0.03 * most, 1.05 * most],
+        row=3,
+    )
+    if trace["step"].max() < 10:  # no fractions of a step, and none below 0
+        figure.update_xaxes(dtick=1, range=[-0.5, trace["step"].max() + 0.5])
     figure.update_xaxes(title_text="step (dotted: chosen on validation)", row=3)
     figure.update_layout(
         template=TEMPLATE,
