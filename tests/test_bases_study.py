@@ -55,6 +55,7 @@ def scored(task, basis):
     return model, data, el.score(model, spectra, data.train, **options), options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("label", "basis"), [("OV", "qk_ov"), ("principal", "pca")])
 def test_edits_and_agreement_are_measured_in_the_basis(found, label, basis):
     model, task, scores, options = scored("ambiguous", basis)

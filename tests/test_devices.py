@@ -66,11 +66,15 @@ def spectra_of(model, basis="svd"):
     return el.decompose(model, basis=basis, data=data, cache=False, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "basis",
     [
         "svd",
-        *(pytest.param(b, marks=pytest.mark.slow) for b in ("qk_ov", "random", "neurons", "pca")),
+        "qk_ov",
+        "random",
+        "neurons",
+        "pca",
     ],
 )
 def test_every_basis_scores_where_its_layers_are(device, basis):

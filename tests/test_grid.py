@@ -268,7 +268,10 @@ def test_learned_is_the_search_of_that_name(arith):
         bl.Learned(basis="fourier")
 
 
-@pytest.mark.parametrize("basis", ["random", "qk_ov", "neurons", "pca"])
+@pytest.mark.parametrize(
+    "basis",
+    ["pca", *(pytest.param(b, marks=pytest.mark.slow) for b in ("random", "qk_ov", "neurons"))],
+)
 def test_gates_go_on_every_basis_and_are_read_back(arith, basis, tmp_path):
     model, spectra = arith
     task = el.load_task("ambiguous", reading="sum", **SIZES)

@@ -151,6 +151,7 @@ def test_several_devices_share_whole_layers():
     assert found.on_each(stage, 5) == round(inside / 5) + found.ends
 
 
+@pytest.mark.slow
 def test_nothing_is_made_on_paper():
     """A layer of 7 B takes no memory here, though its weights are 0.8 GB."""
     wide = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
