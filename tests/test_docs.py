@@ -24,20 +24,14 @@ def name(page):
 
 
 def with_examples():
-    """Pages with Python; one that starts a cluster is slow."""
+    """Pages with Python; all but what is read first are slow."""
     for page in PAGES:
         if blocks(page, "python"):
-            starts = "el.Cluster(" in page.read_text("utf-8")
-            yield pytest.param(page, marks=[pytest.mark.slow] if starts else [], id=name(page))
+            first = page.stem == "get-started"
+            yield pytest.param(page, marks=() if first else pytest.mark.slow, id=name(page))
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        page if "get-started" in str(page) else pytest.param(page, marks=pytest.mark.slow)
-        for page in with_examples()
-    ],
-)
+@pytest.mark.parametrize("page", list(with_examples()))
 def test_the_examples_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

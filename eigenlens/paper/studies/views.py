@@ -108,11 +108,11 @@ def variants(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def variant_dots(table: pd.DataFrame, left: int = 220) -> go.Figure:
+def variant_dots(table: pd.DataFrame, left: int = 220, height: int | None = None) -> go.Figure:
     """A panel per task, a line per variant, in the order of the table."""
     found = pooled(own(table))
     panels, rows = (list(dict.fromkeys(found[column])) for column in ("label", "method"))
-    return dots(found, panels, rows, left=left)
+    return dots(found, panels, rows, left=left, height=height)
 
 
 def changes(table: pd.DataFrame, base: str = "before") -> pd.DataFrame:
