@@ -359,6 +359,24 @@ def test_a_bound_scales_an_edit_back_until_the_other_half_of_the_text_is_within(
         assert divergence(model, before, checked) > bound
 
 
+@pytest.mark.parametrize("price", [0.0, 1.0])
+def test_gates_are_chosen_among_steps_within_the_bound(arith, monkeypatch, price):
+    model, spectra, task = arith
+    text = own_text(model, n_examples=12, n_tokens=4)
+    monkeypatch.setattr(protection, "own_text", lambda model: text)
+    checked = text.select(range(1, len(text), 2))
+    before = logits(model, checked).log_softmax(-1)
+
+    def diverges(edit):
+        with torch.no_grad(), edit.applied(model):
+            return divergence(model, before, checked)
+
+    free = bl.Learned(price=price, reference="shared", options={"steps": 30, "every": 2, "lr": 1.0})
+    far = diverges(free.fit(model, spectra, task).edit)
+    near = diverges(replace(free, bound=far / 2).fit(model, spectra, task).edit)
+    assert near <= far / 2 < far
+
+
 def test_a_penalty_is_the_divergence_that_it_holds_down(sums):
     model, spectra, task, text = sums
     steered = text.select(range(0, len(text), 2))

@@ -28,7 +28,7 @@ class Sent(InTurn):
 
 
 EVERY = [(c, r) for c in CRITERIA for r in REFERENCES]
-# All that a pass sums, and all that takes a coordinate's place; the others combine these.
+# One sum of a pass, under all that takes a coordinate's place; sums along a path; and two sums.
 FAST = [(c, r) for c, r in EVERY if c in ("mean", "eap_ig_inputs") or (c, r) == ("margin", "mean")]
 SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in EVERY if pair not in FAST]
 

@@ -24,6 +24,7 @@ class Learned(Baseline):
         reference: the means that take a coordinate's place.
         price: of a gate, in nats of loss per nat that freezing is predicted to cost the model's own
             text (:class:`eigenlens.Protection`); 0 protects nothing.
+        bound: most nats per token that the model's own text may diverge; ``None`` for any.
         move_means: with a price, freeze at the constants that this text minds least.
         options: further options, of :class:`eigenlens.LearnedConfig`.
     """
@@ -33,6 +34,7 @@ class Learned(Baseline):
     criterion: Criterion = "mean"
     reference: Reference = "mean"
     price: float = 0.0
+    bound: float | None = None
     move_means: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,13 +71,12 @@ class Learned(Baseline):
         search.consider(edit, components=len(found.frozen), looks=len(found.trace))
 
     def _protection(self, search: Search) -> Protection | None:
-        """Prices alone: the study shows what harm they leave, so that no bound chooses."""
-        if not self.price:
+        if not self.price and self.bound is None:
             return None
         return Protection.of_own_text(
             search.model,
             price=self.price,
             move_means=self.move_means,
             weight=0.0,
-            bound=math.inf,
+            bound=math.inf if self.bound is None else self.bound,
         )

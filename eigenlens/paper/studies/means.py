@@ -54,4 +54,4 @@ def _pairs(table: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any], dict[str,
 
 def figure(table: pd.DataFrame) -> go.Figure:
     """A panel per task, a line per variant."""
-    return variant_dots(table, left=200, height=360)
+    return variant_dots(table, left=200)

@@ -108,11 +108,11 @@ def variants(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def variant_dots(table: pd.DataFrame, left: int = 220, height: int | None = None) -> go.Figure:
+def variant_dots(table: pd.DataFrame, left: int = 220) -> go.Figure:
     """A panel per task, a line per variant, in the order of the table."""
     found = pooled(own(table))
     panels, rows = (list(dict.fromkeys(found[column])) for column in ("label", "method"))
-    return dots(found, panels, rows, left=left, height=height)
+    return dots(found, panels, rows, left=left)
 
 
 def changes(table: pd.DataFrame, base: str = "before") -> pd.DataFrame:
@@ -218,18 +218,24 @@ def dots(
     )
     figure.update_yaxes(title_text=row, col=1)
     one_legend_entry_each(figure)
+    legend = bool(found["choice"].notna().any())
+    above, below = 70, 130 if legend else 60
+    height = height or above + below + 20 + 24 * len(rows)
     figure.update_layout(
         template=TEMPLATE,
         width=FULL_WIDTH,
-        height=height or 150 + 24 * len(rows),
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
-        margin={"t": 70, "b": 60, "l": left, "r": 20},
-        showlegend=bool(found["choice"].notna().any()),
+        height=height,
+        # 85 pixels below the axis, as a share of the plot
+        legend={
+            "orientation": "h",
+            "y": -85 / (height - above - below),
+            "yanchor": "top",
+            "x": 0.5,
+            "xanchor": "center",
+        },
+        margin={"t": above, "b": below, "l": left, "r": 20},
+        showlegend=legend,
     )
-    if found["choice"].notna().any():
-        below = -85 / (figure.layout.height - 200)  # pixels below the axis, as a share of the plot
-        figure.update_layout(legend={"y": below, "yanchor": "top", "x": 0.5, "xanchor": "center"})
-        figure.update_layout(margin={"b": 130})
     return figure
 
 
