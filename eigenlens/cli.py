@@ -184,7 +184,7 @@ def _before_and_after(result: Any) -> Table:
     table = before_and_after(title, result.comparison, result.before, result.after)
     for spared in result.search.protected.to_dict("records"):
         harm = f"{spared['loss_before']:.3f} → {spared['loss_after']:.3f}"
-        table.add_row(f"{spared['data']}, loss", "", "", harm)
+        table.add_row(f"{spared['data']}, per token", "", "", harm)
     return table
 
 

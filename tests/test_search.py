@@ -494,8 +494,11 @@ def test_protected_data_stay_within_their_bound(arith, search):
         chosen = found.trace[found.trace["chosen"]].iloc[0]
         assert 0 < chosen["divergence"] <= 0.02
         assert found.trace["divergence"].iloc[0] == 0
+    checked = plain.select(range(1, 60, 2))
+    assert row["loss_before"] == pytest.approx(np.log(el.perplexity(model, checked)), rel=1e-5)
     with el.freeze(model, found.frozen):
         assert protect.measure()["sums"] == pytest.approx(row["divergence"])
+        assert row["loss_after"] == pytest.approx(np.log(el.perplexity(model, checked)), rel=1e-5)
     assert row["accuracy_before"] - row["accuracy_after"] < 0.1
     assert len(found.frozen) > 0
 

@@ -239,8 +239,8 @@ def _spared(protected: pd.DataFrame) -> Table | None:
         return None
     return make_table(
         protected.rename(columns=lambda name: name.replace("_", " ")),
-        "What the search was told to leave as it is: divergence from the unedited model and its "
-        "bound in nats per answer token, losses in nats per answer",
+        "What the search was told to leave as it is: divergence from the unedited model, its bound "
+        "and losses in nats per answer token",
         {
             "data": "",
             "examples": "d",

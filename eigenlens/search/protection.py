@@ -41,6 +41,11 @@ class _Part(NamedTuple):
     batches: list[Batch]
     divergence: Metric
 
+    @property
+    def tokens(self) -> int:
+        """Answer tokens of all examples."""
+        return sum(int(batch.answer_mask.sum()) for batch in self.batches)
+
 
 class Protection:
     """Keeps searches from changing what a model does elsewhere."""
@@ -161,8 +166,7 @@ class Protection:
         with torch.no_grad():
             for name, part in parts.items():
                 total = sum(self._divergence(part.divergence, b) for b in part.batches)
-                tokens = sum(b.answer_mask.sum().cpu() for b in part.batches)
-                found[name] = float(total / tokens)
+                found[name] = float(total / part.tokens)
         return found
 
     def _divergence(self, metric: Metric, batch: Batch) -> Tensor:
@@ -178,7 +182,10 @@ class Protection:
         return all(value <= self.bound for value in divergence.values())
 
     def table(self, frozen: FrozenSet) -> pd.DataFrame:
-        """Before and after, on the unseen examples: divergence, loss and accuracy."""
+        """Before and after, on the unseen examples.
+
+        Divergence and losses are in nats per answer token, accuracies shares of the examples.
+        """
         before = self._evaluate()
         with freeze(self._model, frozen):
             divergence, after = self._measure(self._reported), self._evaluate()
@@ -188,8 +195,8 @@ class Protection:
                 "examples": before[name].n,
                 "divergence": divergence[name],
                 "bound": self.bound,
-                "loss_before": before[name].loss,
-                "loss_after": after[name].loss,
+                "loss_before": before[name].loss * before[name].n / self._reported[name].tokens,
+                "loss_after": after[name].loss * after[name].n / self._reported[name].tokens,
                 "accuracy_before": before[name].accuracy,
                 "accuracy_after": after[name].accuracy,
             }
