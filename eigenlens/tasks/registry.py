@@ -10,6 +10,7 @@ from eigenlens.errors import problems
 from eigenlens.inputs import check_tokenizer
 from eigenlens.tasks.arithmetic import ambiguous, int_add, int_mult
 from eigenlens.tasks.batches import tokenise
+from eigenlens.tasks.induction import induction
 from eigenlens.tasks.ioi import ioi
 from eigenlens.tasks.jsonl import jsonl
 from eigenlens.tasks.superglue import cb, copa, rte
@@ -24,6 +25,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "copa": copa,
     "rte": rte,
     "ioi": ioi,
+    "induction": induction,
     "jsonl": jsonl,
     "wikitext": wikitext,
 }

@@ -12,6 +12,7 @@ from eigenlens.paper.studies import (
     fraction,
     gates,
     harm,
+    induction,
     means,
     monitors,
     paper_table,
@@ -46,6 +47,7 @@ EXPERIMENTS: dict[str, Study] = {
     "architectures": architectures,
     "monitors": monitors,
     "suppressed": suppressed,
+    "induction": induction,
 }
 
 __all__ = ["EXPERIMENTS", "ExperimentResult", "Study"]

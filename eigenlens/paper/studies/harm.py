@@ -17,15 +17,16 @@ run = grid_study(__name__)
 def text(table: pd.DataFrame) -> str:
     """What was found, and what the lines are."""
     return (
-        f"{_held(table)} {_one_mean(table)} {INTERVALS} `Within 0.03`: of the model's own text, one "
-        "half steers a search and the edit must stay within 0.03 nats per token of the unedited "
-        "model on the other. `Frozen` and `attenuated` gates (120 steps) have a price of 6 nats of "
-        "training loss per nat that freezing their component is predicted to cost that text, and "
-        "take the constants that it minds least; LoRA (rank 8), IA3 and SVF have its divergence in "
-        "their loss, with weight 10, and are scaled back. Each has one learning rate. `Means by "
-        "position` is the paper's token-index-dependent bias; with `one mean`, a coordinate has the "
-        "same mean at every position, for training gates and for freezing. Harm is the rise of the "
-        "loss on WikiText-2 in nats per token (sixteen words given thirty-two), by seed; searches "
+        f"{_held(table)} {_one_mean(table)} {INTERVALS} `Within 0.03`: of the model's own text, "
+        "one half steers a search and the edit must stay within 0.03 nats per token of the "
+        "unedited model on the other. `Frozen` and `attenuated` gates (120 steps) have a price of "
+        "6 nats of training loss per nat that freezing their component is predicted to cost that "
+        "text, and take the constants that it minds least; LoRA (rank 8), IA3 and SVF have its "
+        "divergence in their loss, with weight 10, and are scaled back. Each has one learning "
+        "rate. `Means by position` is the paper's token-index-dependent bias; with `one mean`, a "
+        "coordinate has the same mean at every position, for training gates and for freezing. "
+        "Harm is the rise of the loss on WikiText-2 in nats per token (sixteen words given "
+        "thirty-two), by seed; searches "
         "never saw that text."
     )
 
@@ -36,12 +37,12 @@ def _held(table: pd.DataFrame) -> str:
     cells = cells.assign(harm=cells["cell"].map(harm_by_cell(table)))
     told = []
     for label, part in cells[cells["method"].str.contains(_BOUNDED)].groupby("label", sort=False):
-        found = pooled(part).set_index("method").sort_values("accuracy", ascending=False)
         harm = part.groupby("method")["harm"]
+        found = pooled(part).sort_values("accuracy", ascending=False)
         each = [
-            f"{name.split(_BOUNDED)[0]} {row['accuracy']:.0%} at {harm.mean()[name]:.3f} (at most "
-            f"{harm.max()[name]:.3f})"
-            for name, row in found.iterrows()
+            f"{row['method'].split(_BOUNDED)[0]} {row['accuracy']:.0%} at "
+            f"{harm.mean()[row['method']]:.3f} (at most {harm.max()[row['method']]:.3f})"
+            for row in found.to_dict("records")
         ]
         told.append(f"{label}: {'; '.join(each)}")
     if not told:
@@ -54,12 +55,13 @@ def _held(table: pd.DataFrame) -> str:
 
 def _one_mean(table: pd.DataFrame) -> str:
     """One mean against means by position, by task."""
-    found = pooled(own(table)).set_index(["label", "method"])["accuracy"]
+    found = pooled(own(table))
+    by = {(r["label"], r["method"]): r["accuracy"] for r in found.to_dict("records")}
     told = [
-        f"{label}, {method.split(', ')[0]}, {value:.0%} ({found[label, other]:.0%})"
-        for (label, method), value in found.items()
-        if (label, other := method.replace("one mean", "means by position")) in found.index
-        and other != method
+        f"{label}, {method.replace(', one mean', '')}, {by[label, method]:.0%} ({value:.0%})"
+        for (label, other), value in by.items()
+        if (method := other.replace("means by position", "one mean")) != other
+        if (label, method) in by
     ]
     return f"Under one mean (by position): {'; '.join(told)}." if told else ""
 
