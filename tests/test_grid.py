@@ -355,3 +355,48 @@ def test_fraction_orders_shares_by_ranking():
     lines = {line.name: line for line in EXPERIMENTS["fraction"].figure(table).data}
     assert list(lines["max"].x) == [0.01, 0.4]
     assert list(lines["max"].y) == [0.2, 0.5]
+
+
+def harmful(cells):
+    """Cells of two splits: right answers of 100, and perplexities of text, by method."""
+    rows = []
+    for method, (right, perplexities) in cells.items():
+        for seed, perplexity in enumerate(perplexities):
+            names = {"model": "m", "label": "t", "seed": seed, "draw": 0, "method": method}
+            measured = {"right": right[seed], "n": 100, "loss": 1.0, "choice_right": None}
+            row = {**names, **measured, "cell": f"{method} {seed}"}
+            rows.append({**row, "data": ""})
+            rows.append({**row, "data": "text", "perplexity": perplexity})
+    return pd.DataFrame(rows)
+
+
+def test_harm_says_what_methods_reach_within_a_bound():
+    cells = {
+        "before": ((0, 10), (10.0, 20.0)),
+        "frozen, within 0.03": ((80, 70), (10.1, 20.0)),
+        "LoRA, within 0.03": ((90, 84), (10.0, 20.6)),
+        "one-shot, means by position": ((40, 40), (15.0, 30.0)),
+        "one-shot, one mean": ((50, 60), (11.0, 22.0)),
+    }
+    said = EXPERIMENTS["harm"].text(harmful(cells))
+    lora, frozen = np.log(20.6 / 20), np.log(10.1 / 10)
+    assert (
+        f"t: LoRA 87% at {lora / 2:.3f} (at most {lora:.3f}); frozen 75% at {frozen / 2:.3f} "
+        f"(at most {frozen:.3f}). Under one mean (by position): t, one-shot, 55% (40%)." in said
+    )
+
+
+def test_means_are_compared_pair_by_pair():
+    cells = {
+        "before": ((0,), (10.0,)),
+        "by position, frozen": ((30,), (40.0,)),
+        "one mean, frozen": ((50,), (20.0,)),
+        "by position, attenuated": ((60,), (11.0,)),
+        "one mean, attenuated": ((55,), (12.0,)),
+    }
+    said = EXPERIMENTS["means"].text(harmful(cells))
+    assert said.startswith(
+        "One mean for all positions does less harm in 1 of 2 comparisons, by a factor of 2 to 2."
+    )
+    assert f"t, frozen, 50 of 100 right at {np.log(2):.2f} nats" in said
+    assert f"(60 at {np.log(1.1):.2f})" in said
