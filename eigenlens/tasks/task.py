@@ -9,7 +9,6 @@ from datasets import Dataset, Features, List, Value
 
 from eigenlens.provenance import text_hash
 
-COLUMNS = ("prompt", "answer", "candidates")
 PAIR = "corrupt"  # a column that a task may have
 FEATURES = Features(
     {"prompt": Value("string"), "answer": Value("string"), "candidates": List(Value("string"))}
