@@ -123,17 +123,44 @@ def attention_to_what_followed(model: TransformerBridge, task: Task) -> np.ndarr
 
 def text(table: pd.DataFrame) -> str:
     """What was found, and how it was measured."""
-    found = "; ".join(_finding(str(m), part) for m, part in table.groupby("model", sort=False))
+    parts = dict(list(table.groupby("model", sort=False)))
+    shows = {str(model): _shows(part) for model, part in parts.items()}
+    verdicts = [
+        f"{said} in {', '.join(models)}"
+        for said, models in (
+            (
+                "losing the heads that either ranking finds costs more than losing any random ones",
+                [model for model, more in shows.items() if more],
+            ),
+            (
+                "losing some random heads costs as much",
+                [model for model, more in shows.items() if not more],
+            ),
+        )
+        if models
+    ]
+    found = "; ".join(_finding(str(model), part) for model, part in parts.items())
     return (
-        f"{found}. A list of sixteen random words comes two and a half times, and the word that "
-        "follows is asked for. Heads are ranked by where they look on training prompts (share of "
-        "attention on what followed an earlier occurrence of the token), and by the sum of the "
-        "scores of the components that they write (attribution patching, under one mean for all "
-        "positions): neither knows of the other. Freezing a head puts the mean in place of all "
-        "that it writes. Losses are in nats, of test prompts, and means over splits; random heads "
-        "are the mean of several draws. The figure shows every head of the first split, and every "
-        "split at the right. The finding is that of Olsson et al. 2022 (arXiv 2209.11895)."
+        f"Where words are copied, {', and '.join(verdicts)}. {found}. A list of sixteen random "
+        "words comes two and a half times, and the word that follows is asked for. Heads are "
+        "ranked by where they look on training prompts (share of attention on what followed an "
+        "earlier occurrence of the token), and by the sum of the scores of the components that "
+        "they write (attribution patching, under one mean for all positions): neither knows of "
+        "the other. Freezing a head puts the mean in place of all that it writes. Losses are in "
+        "nats, of test prompts, and means over splits; of random heads, the lowest to the highest "
+        "of all draws. The figure shows every head of the first split, and every split at the "
+        "right, random heads as the mean of their draws. The finding is that of Olsson et al. 2022 "
+        "(arXiv 2209.11895): heads that look at what followed an earlier occurrence carry copying "
+        "in context."
     )
+
+
+def _shows(table: pd.DataFrame) -> bool:
+    """Whether in every split and at every k the loss is highest without the heads of a ranking."""
+    frozen = table[table["k"] > 0]
+    loss = frozen.groupby(["seed", "k", "by"])["loss"]
+    highest, lowest = loss.max().unstack("by"), loss.min().unstack("by")
+    return bool((lowest[list(_MEASURES)].min(axis=1) > highest["random"]).all())
 
 
 def _finding(model: str, table: pd.DataFrame) -> str:
@@ -141,13 +168,20 @@ def _finding(model: str, table: pd.DataFrame) -> str:
     n_heads = len(heads) // heads["seed"].nunique()
     both = np.mean([len(_in_common(part)) for _, part in heads.groupby("seed")])
     k = int(frozen["k"].max() if 8 not in set(frozen["k"]) else 8)
-    loss = frozen.groupby(["k", "by"])["loss"].mean()
-    named = ", ".join(f"{loss[k, by]:.2f} {name}" for by, name in _RANKINGS.items())
+    without = frozen[frozen["k"] == k]
+    named = ", ".join(f"{_told(without, by)} {name}" for by, name in _RANKINGS.items())
+    before = frozen.loc[frozen["by"] == _NONE, "loss"].mean()
     return (
         f"{model}: of the {_TOP} heads with the highest scores {both:.1f} are among the {_TOP} "
         f"that look most at what followed ({_TOP**2 / n_heads:.1f} by chance); without {k} of "
-        f"{n_heads} heads, the loss of {loss[0, _NONE]:.2f} becomes {named}"
+        f"{n_heads} heads, the loss of {before:.2f} becomes {named}"
     )
+
+
+def _told(frozen: pd.DataFrame, by: str) -> str:
+    """The loss without these heads: the mean over splits, and the range of random ones."""
+    loss = frozen.loc[frozen["by"] == by, "loss"]
+    return f"{loss.min():.2f} to {loss.max():.2f}" if by == "random" else f"{loss.mean():.2f}"
 
 
 def _in_common(heads: pd.DataFrame) -> pd.DataFrame:
@@ -161,7 +195,6 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (model, seed), part in table.groupby(["model", "seed"], sort=False):
         heads, frozen = part[part["what"] == "head"], part[part["what"] == "frozen"]
-        loss = frozen.groupby(["k", "by"], sort=False)["loss"].mean()
         rho = scipy.stats.spearmanr(heads["score"], heads["attention"]).statistic
         row: dict[str, Any] = {
             "model": model,
@@ -171,11 +204,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             f"among the {_TOP} best of both": ", ".join(
                 f"L{h.layer:.0f}H{h.head:.0f}" for h in _in_common(heads).itertuples()
             ),
-            "loss before": f"{loss[0, _NONE]:.2f}",
+            "loss before": _told(frozen, _NONE),
         }
         for k in sorted(set(frozen["k"]) - {0}):
             row[f"without {k:.0f}: by score / look / random"] = " / ".join(
-                f"{loss[k, by]:.2f}" for by in _RANKINGS
+                _told(frozen[frozen["k"] == k], by) for by in _RANKINGS
             )
         rows.append(row)
     return pd.DataFrame(rows)
