@@ -167,3 +167,25 @@ def test_the_study_shows_what_it_measured(tiny):
     drawn = induction.figure(table)
     (dots,) = [t for t in drawn.data if t.mode == "markers"]
     assert sorted(dots.y) == pytest.approx(sorted(heads["score"]))
+
+
+def test_the_page_says_where_the_finding_shows():
+    rows = []
+    for model, random in (("one", (1.0, 2.9)), ("other", (1.0, 3.1))):
+        names = {"model": model, "seed": 0}
+        for i in range(20):  # the last ten score highest, every other one of them looks
+            head = {"layer": 0, "head": i, "score": i, "attention": i if i % 2 else -i}
+            rows.append({**names, "what": "head", **head})
+        rows.append({**names, "what": "frozen", "by": "none", "k": 0, "draw": 0, "loss": 0.5})
+        measured = [
+            ("score", 0, 3.0),
+            ("attention", 0, 4.0),
+            *(("random", *r) for r in enumerate(random)),
+        ]
+        for by, draw, loss in measured:
+            rows.append({**names, "what": "frozen", "by": by, "k": 8, "draw": draw, "loss": loss})
+    said = induction.text(pd.DataFrame(rows))
+    assert "costs more than losing any random ones in one, and" in said
+    assert "some random heads costs as much in other." in said
+    assert "one: of the 10 heads with the highest scores 5.0 are among the 10" in said
+    assert "becomes 3.00 by score, 4.00 by where they look, 1.00 to 2.90 random" in said
