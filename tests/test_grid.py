@@ -373,7 +373,7 @@ def harmful(cells):
 def test_harm_says_what_methods_reach_within_a_bound():
     cells = {
         "before": ((0, 10), (10.0, 20.0)),
-        "frozen, within 0.03": ((80, 70), (10.1, 20.0)),
+        "frozen, within 0.05": ((80, 70), (10.1, 20.0)),
         "LoRA, within 0.03": ((90, 84), (10.0, 20.6)),
         "one-shot, means by position": ((40, 40), (15.0, 30.0)),
         "one-shot, one mean": ((50, 60), (11.0, 22.0)),

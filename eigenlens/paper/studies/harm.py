@@ -8,7 +8,7 @@ from eigenlens.paper.studies.grid import grid_study
 from eigenlens.paper.studies.views import EACH, INTERVALS, own, percent, pooled, variant_dots
 
 QUESTION = "What does each method reach that may cost other text no more than a bound?"
-MINUTES = 120
+MINUTES = 90
 _BOUNDED = ", within"  # in the names of methods that are held to a bound
 
 run = grid_study(__name__)
@@ -17,17 +17,16 @@ run = grid_study(__name__)
 def text(table: pd.DataFrame) -> str:
     """What was found, and what the lines are."""
     return (
-        f"{_held(table)} {_one_mean(table)} {INTERVALS} `Within 0.03`: of the model's own text, "
-        "one half steers a search and the edit must stay within 0.03 nats per token of the "
-        "unedited model on the other. `Frozen` and `attenuated` gates (120 steps) have a price of "
-        "6 nats of training loss per nat that freezing their component is predicted to cost that "
-        "text, and take the constants that it minds least; LoRA (rank 8), IA3 and SVF have its "
-        "divergence in their loss, with weight 10, and are scaled back. Each has one learning "
-        "rate. `Means by position` is the paper's token-index-dependent bias; with `one mean`, a "
+        f"{_held(table)} {_one_mean(table)} {INTERVALS} `Within` so many nats per token: of the "
+        "model's own text, one half steers a search, and on the other the edit must stay that "
+        "close to the unedited model. `Frozen` is what runs do by default: 120 steps, a price of "
+        "6 nats of training loss per nat that freezing a component is predicted to cost that "
+        "text, and the constants that it minds least. LoRA (rank 8) and IA3 have its divergence "
+        "in their loss, with weight 10, and would be scaled back; each has one learning rate. "
+        "`Means by position` is the paper's token-index-dependent bias; with `one mean`, a "
         "coordinate has the same mean at every position, for training gates and for freezing. "
         "Harm is the rise of the loss on WikiText-2 in nats per token (sixteen words given "
-        "thirty-two), by seed; searches "
-        "never saw that text."
+        "thirty-two), by seed; searches never saw that text."
     )
 
 
@@ -48,7 +47,7 @@ def _held(table: pd.DataFrame) -> str:
     if not told:
         return ""
     return (
-        "Held to one bound, methods reach on test, and cost WikiText-2 in nats per token (mean of "
+        "Held to a bound, methods reach on test, and cost WikiText-2 in nats per token (mean of "
         f"the splits, and the largest): {'. '.join(told)}."
     )
 
