@@ -43,7 +43,7 @@ def test_a_list_needs_words():
 
 @pytest.fixture
 def scored(tiny):
-    model = tiny("llama").double()
+    model = tiny("llama")
     spectra = el.decompose(model, ["W_O"], progress=False)
     options = {"criterion": "mean", "reference": "shared", "batch_size": 3, "progress": False}
     return model, el.score(model, spectra, EQUAL, **options)
