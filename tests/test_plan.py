@@ -190,12 +190,11 @@ def test_without_a_gpu_the_command_says_what_it_needs(tmp_path):
 
 
 @pytest.mark.slow
-def test_peaks_are_those_of_real_processes(tmp_path):
-    """200 million parameters, each stage in a process of its own.
-
-    A plan counts tensors; where the C library leaves holes between those it let go, a process is
-    larger: by up to 23 % on one machine, and by 15 % on the others.
-    """
+def test_peaks_are_those_of_real_processes(tmp_path, monkeypatch):
+    """200 million parameters; every stage within 15 %, in a process of its own."""
+    # A plan counts tensors. Memory that was let go is given back at once and not kept by glibc,
+    # which holds up to a quarter more on some machines (docs/sizes.md).
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     config = gpt2(n_layer=8, n_embd=1280, n_head=20, vocab_size=30_000)
     make_model(config, tmp_path / "model", progress=False)
     options = {"examples": 10, "batch_size": 10, "tokens": 40}
@@ -205,4 +204,4 @@ def test_peaks_are_those_of_real_processes(tmp_path):
     )
     planned = plan(config, **options)
     for stage in measured_peaks["stages"]:
-        assert planned.peak(stage["stage"]) == pytest.approx(stage["peak"], rel=0.3)
+        assert planned.peak(stage["stage"]) == pytest.approx(stage["peak"], rel=0.15)
