@@ -41,10 +41,10 @@ class _Part(NamedTuple):
     batches: list[Batch]
     divergence: Metric
 
-    @property
-    def tokens(self) -> int:
-        """Answer tokens of all examples."""
-        return sum(int(batch.answer_mask.sum()) for batch in self.batches)
+    def per_token(self, total: Tensor | float) -> float:
+        """A sum over all examples, divided by their answer tokens."""
+        tokens = torch.stack([batch.answer_mask.sum().cpu() for batch in self.batches]).sum()
+        return float(total / tokens)
 
 
 class Protection:
@@ -166,7 +166,7 @@ class Protection:
         with torch.no_grad():
             for name, part in parts.items():
                 total = sum(self._divergence(part.divergence, b) for b in part.batches)
-                found[name] = float(total / part.tokens)
+                found[name] = part.per_token(total)
         return found
 
     def _divergence(self, metric: Metric, batch: Batch) -> Tensor:
@@ -195,12 +195,12 @@ class Protection:
                 "examples": before[name].n,
                 "divergence": divergence[name],
                 "bound": self.bound,
-                "loss_before": before[name].loss * before[name].n / self._reported[name].tokens,
-                "loss_after": after[name].loss * after[name].n / self._reported[name].tokens,
+                "loss_before": part.per_token(before[name].loss * before[name].n),
+                "loss_after": part.per_token(after[name].loss * after[name].n),
                 "accuracy_before": before[name].accuracy,
                 "accuracy_after": after[name].accuracy,
             }
-            for name in self._reported
+            for name, part in self._reported.items()
         )
 
     def _evaluate(self) -> dict[str, Evaluation]:
