@@ -10,8 +10,9 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,24 +109,29 @@ def cache_dir() -> Path:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it only when the block succeeds.
+    """Yield a temporary path whose file replaces ``path`` only when the block succeeds.
+
+    It lies in a folder of its own beside ``path``: libraries (safetensors is one) put temporary
+    files of their own beside what they write, and what a killed process leaves of them goes with
+    the folder.
 
     Raises:
         UnwritableError: no room, or no right to write there; ``path`` is then as it was.
     """
-    temporary = temporary_beside(path)
+    folder = temporary_beside(path)
+    temporary = folder / path.name
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             sweep(path.parent)
+            folder.mkdir()
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)  # safetensors writes for the owner alone
             os.replace(temporary, path)
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

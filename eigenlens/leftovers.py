@@ -17,8 +17,8 @@ _MACHINE = xxhash.xxh32_hexdigest(platform.node().encode())
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name in the folder of ``path``, with its suffix."""
-    return path.with_name(f".{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex}{path.suffix}")
+    """A new name in the folder of ``path``, without its suffix: nobody takes it for a result."""
+    return path.with_name(f".{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex}")
 
 
 def sweep(folder: Path) -> None:

@@ -143,6 +143,17 @@ def test_random_keeps_strengths_by_count(scored):
         assert sorted(mine["strength"]) == sorted(given)
 
 
+def test_random_keeps_the_kind_of_means(scored):
+    """Else a control would differ from what it controls in two things."""
+    like = el.FrozenSet.from_scores(scored, np.arange(0, len(scored), 40))
+    by_position = matched(scored, like, "count", np.random.default_rng(0))
+    one_mean = matched(scored, like.shared(), "count", np.random.default_rng(0))
+    assert not by_position.means.is_shared
+    np.testing.assert_array_equal(
+        one_mean.means.at(range(3)), by_position.means.fallback[:, None].repeat(3, 1)
+    )
+
+
 @in_families(["gpt2", "llama"])
 def test_a_random_basis_spans_the_same_matrix(tiny, family):
     model = tiny(family)

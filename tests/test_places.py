@@ -20,7 +20,14 @@ from typer.testing import CliRunner
 import eigenlens as el
 from eigenlens import cache, leftovers, pipeline
 from eigenlens.cli import app
-from eigenlens.files import UnwritableError, load_tensors, save_table, save_tensors, write_text
+from eigenlens.files import (
+    UnwritableError,
+    atomic_path,
+    load_tensors,
+    save_table,
+    save_tensors,
+    write_text,
+)
 from eigenlens.locks import BusyError, alone, in_turn
 from eigenlens.paper.studies.parts import Parts
 
@@ -286,10 +293,13 @@ def test_an_entry_of_the_future_goes_like_any_other(tmp_path, monkeypatch):
     assert not cache.entries()
 
 
+def _no_process():
+    return next(pid for pid in range(100_000, 4_000_000) if not psutil.pid_exists(pid))
+
+
 def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
-    gone = next(pid for pid in range(100_000, 4_000_000) if not psutil.pid_exists(pid))
     mine = leftovers.temporary_beside(tmp_path / "a.txt")
-    left = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{gone}-"))
+    left = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{_no_process()}-"))
     elsewhere = left.with_name("." + "f" * 8 + left.name[9:])
     for path in (mine, elsewhere, tmp_path / ".hidden", tmp_path / "plain.txt"):
         path.touch()
@@ -299,3 +309,15 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {mine.name, elsewhere.name, ".hidden", "plain.txt", "new.safetensors"}
     assert load_tensors(tmp_path / "new.safetensors", "t")[0]["x"] == 1
+
+
+def test_what_a_library_left_beside_goes_as_well(tmp_path, monkeypatch):
+    """safetensors writes to a temporary file of its own first, which a killed process leaves."""
+    path = tmp_path / "a.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", _no_process)
+        killed = atomic_path(path)  # kept, and never left
+        (killed.__enter__().parent / ".tmpAbCdEf").touch()
+    assert list(tmp_path.rglob(".tmp*"))
+    save_tensors(path, "t", {"x": torch.ones(1)})
+    assert list(tmp_path.iterdir()) == [path]

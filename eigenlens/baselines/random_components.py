@@ -56,7 +56,8 @@ def matched(
 ) -> FrozenSet:
     """Random components of ``scores``, matched to ``frozen`` matrix by matrix.
 
-    Strengths are those of ``frozen``, in random order.
+    Strengths are those of ``frozen``, in random order; means are by position, or one for all, as
+    in ``frozen``.
     """
     draw = _DRAWS[match]
     table = scores.components
@@ -78,7 +79,8 @@ def matched(
         return FrozenSet.from_scores(scores, np.array([], dtype=int))
     rows = np.concatenate(chosen)
     by_row = np.argsort(rows)
-    return FrozenSet.from_scores(scores, rows[by_row], np.concatenate(strengths)[by_row])
+    drawn = FrozenSet.from_scores(scores, rows[by_row], np.concatenate(strengths)[by_row])
+    return drawn.shared() if frozen.means.is_shared else drawn
 
 
 def _by_count(candidates: np.ndarray, energy: np.ndarray) -> np.ndarray:
