@@ -36,10 +36,10 @@ class Evaluation:
     """Loss and accuracy on a data set.
 
     Attributes:
-        examples: one row each: ``prompt, answer, predicted, loss, correct`` and, for tasks with
-            candidate answers, ``choice`` and ``choice_correct`` (missing for examples without
+        examples: one row each: ``prompt, answer, predicted, loss, tokens, correct`` and, for tasks
+            with candidate answers, ``choice`` and ``choice_correct`` (missing for examples without
             candidates). ``predicted`` holds the most likely token at each answer position, decoded;
-            ``loss`` is in nats per answer.
+            ``loss`` is in nats per answer, which has so many ``tokens``.
         provenance: model, data hash and versions.
     """
 
@@ -55,6 +55,21 @@ class Evaluation:
     def loss(self) -> float:
         """Mean negative log-likelihood of an answer, in nats."""
         return float(self.examples["loss"].mean())
+
+    @property
+    def token_loss(self) -> float:
+        """Mean negative log-likelihood of an answer token over all examples, in nats."""
+        return float(self.examples["loss"].sum() / self.examples["tokens"].sum())
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of :attr:`token_loss`.
+
+        With passages of plain text as prompts and answers (:mod:`eigenlens.tasks.text`), this is
+        the perplexity of the text given a context of the prompt's length. Per token: comparable
+        between edits of a model, not between tokenizers.
+        """
+        return math.exp(self.token_loss)
 
     @property
     def accuracy(self) -> float:
@@ -190,8 +205,9 @@ def _measure(model: TransformerBridge, batch: Batch) -> dict[int, dict[str, Any]
     predicted = [
         model.tokenizer.decode(tokens[mask]) for tokens, mask in zip(best, there, strict=True)
     ]
-    columns = zip(batch.indices, predicted, loss.tolist(), correct.tolist(), strict=True)
-    return {i: {"predicted": p, "loss": x, "correct": c} for i, p, x, c in columns}
+    lengths = there.sum(-1).tolist()
+    columns = zip(batch.indices, predicted, loss.tolist(), lengths, correct.tolist(), strict=True)
+    return {i: {"predicted": p, "loss": x, "tokens": n, "correct": c} for i, p, x, n, c in columns}
 
 
 def _check_answers(data: Dataset, candidates: Sequence[Sequence[str]]) -> None:
@@ -254,28 +270,13 @@ def preference(accuracy: float, loss: float, components: int = 0) -> tuple[float
 
 
 def perplexity(model: TransformerBridge, data: Dataset, *, batch_size: int = 50) -> float:
-    """``exp`` of the mean negative log-likelihood of an answer token, over all of ``data``.
-
-    With passages of plain text as prompts and answers (:mod:`eigenlens.tasks.text`), this is the
-    perplexity of the text given a context of the prompt's length. Per token: comparable between
-    edits of a model, not between tokenizers.
+    """:attr:`Evaluation.perplexity` of ``model`` as it is.
 
     Raises:
         ValueError: as :func:`evaluate`.
     """
-    check_eval_mode(model)
-    check_data(data)
-
-    def passes(size: int) -> tuple[float, int]:
-        nats, n_tokens = 0.0, 0
-        with torch.no_grad():
-            for batch in make_batches(data, model, size):
-                nats += float(checked_losses(answer_logits(model, batch), batch).sum())
-                n_tokens += int(batch.answer_mask.sum())
-        return nats, n_tokens
-
-    nats, n_tokens = fitting(model, "evaluate", min(batch_size, len(data)), passes)
-    return math.exp(nats / n_tokens)
+    measured = evaluate(model, data, batch_size=batch_size, choices=False, progress=False)
+    return measured.perplexity
 
 
 def majority_accuracy(train: Dataset, test: Dataset) -> float:

@@ -33,7 +33,7 @@ from eigenlens.yaml_texts import parse_yaml
 
 _HEADER, _CHECKSUM = "eigenlens", "checksum"
 # Format 2 brought checksums; these kinds had changed before.
-_FORMATS = dict.fromkeys(("scores", "control", "search state"), "3")
+_FORMATS = dict.fromkeys(("scores", "control", "search state", "evaluation"), "3")
 _FORMATS |= dict.fromkeys(("frozen set", "spectra"), "4")  # places in the plain model
 _FORMAT = "2"
 _ROWS = 1 << 15  # of a table that are written and read at once

@@ -12,7 +12,7 @@ by its strength: PEFT-Arena (arXiv 2605.28819).
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from jaxtyping import Bool
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from eigenlens.evaluation import evaluate, perplexity, preference
+from eigenlens.evaluation import evaluate, preference
 from eigenlens.files import load_table, save_table
 from eigenlens.freezing import freeze
 from eigenlens.frozen_set import FrozenSet
@@ -119,12 +119,12 @@ def frontier(
         for name, frozen in edits.items()
         for strength in strengths
     }
-    base, base_unseen = (perplexity(model, data, batch_size=batch_size) for data in (text, unseen))
+    measured = partial(evaluate, model, batch_size=batch_size, choices=False, progress=False)
+    base, base_unseen = (measured(data).token_loss for data in (text, unseen))
 
     def measure(frozen: FrozenSet, data: Dataset, passages: Dataset, was: float) -> list[float]:
         with freeze(model, frozen):
-            found = evaluate(model, data, batch_size=batch_size, choices=False, progress=False)
-            harm = log(perplexity(model, passages, batch_size=batch_size) / was)
+            found, harm = measured(data), measured(passages).token_loss - was
         return [found.accuracy, found.loss, harm]
 
     bar = tqdm(points.items(), desc="frontier", disable=not progress)

@@ -148,6 +148,7 @@ def test_perplexity_is_that_of_the_transformers_model(tiny, family):
     for batch_size in (1, 3, 50):
         found = el.perplexity(model, MIXED, batch_size=batch_size)
         assert found == pytest.approx(np.exp(nats / n_tokens), rel=1e-9)
+    assert el.evaluate(model, MIXED).token_loss == pytest.approx(nats / n_tokens, rel=1e-9)
 
 
 def test_majority_accuracy_by_hand():

@@ -195,12 +195,12 @@ class Protection:
                 "examples": before[name].n,
                 "divergence": divergence[name],
                 "bound": self.bound,
-                "loss_before": part.per_token(before[name].loss * before[name].n),
-                "loss_after": part.per_token(after[name].loss * after[name].n),
+                "loss_before": before[name].token_loss,
+                "loss_after": after[name].token_loss,
                 "accuracy_before": before[name].accuracy,
                 "accuracy_after": after[name].accuracy,
             }
-            for name, part in self._reported.items()
+            for name in self._reported
         )
 
     def _evaluate(self) -> dict[str, Evaluation]:

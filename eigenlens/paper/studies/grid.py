@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from eigenlens.baselines import Edit, FitResult, FrozenEdit, load_edit, measure
 from eigenlens.baselines.baseline import Baseline
 from eigenlens.decomposition import decompose
-from eigenlens.evaluation import Evaluation, majority_accuracy, perplexity, preference
+from eigenlens.evaluation import Evaluation, majority_accuracy, preference
 from eigenlens.files import FileFormatError
 from eigenlens.frozen_set import FrozenSet
 from eigenlens.identity import conditions, defaults, identity_hash
@@ -239,11 +239,8 @@ class Bench:
         with edit.applied(loaded.model):
             put = edit.transform(data)
             statistics = output_statistics(loaded.model, put, batch_size=probe.batch_size)
-            # Of single answer words a perplexity says little.
-            chosen_from = any(candidates_of(data))
-            text = (
-                None if chosen_from else perplexity(loaded.model, put, batch_size=probe.batch_size)
-            )
+        # Of single answer words a perplexity says little.
+        text = None if any(candidates_of(data)) else test.perplexity
         return [{"task": probe.task, **_measured(test), **statistics.summary(), "perplexity": text}]
 
     def _shared_scores(self, cell: Cell) -> dict[str, Scores]:
