@@ -16,11 +16,13 @@ run = grid_study(__name__)
 def text(table: pd.DataFrame) -> str:
     """What the lines are."""
     return (
-        f"{INTERVALS} `learned` is the default search. Below it, first what is done to the set "
-        "that it found, without searching anew: `zero` takes the components away and adds nothing, "
-        "`position-free` adds their mean over all positions everywhere, `bias only` adds the means "
-        "and leaves the weights. Then searches over some kinds of matrices, or over the directions "
-        "of a random orthogonal basis. `one-shot` lines change the reference value of the scores."
+        f"{INTERVALS} `learned` trains gates under one mean for all positions, and under `means by "
+        "position` as in the paper; nothing is protected. `Its set` is what the search above it "
+        "found, without searching anew: `zero` takes the components away and adds nothing, `bias "
+        "only` adds their means and leaves the weights, `position-free` puts the mean over all "
+        "positions in their place. Then searches over the directions of a random "
+        "orthogonal basis, or over some kinds of matrices. `one-shot` lines change the reference "
+        "value of the scores."
     )
 
 
