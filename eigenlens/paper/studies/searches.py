@@ -215,7 +215,7 @@ def _test(found: Evaluation) -> dict[str, Any]:
 
 _SCORING = 4.0  # forward for the means, forward, backward as two
 _STEP = 3.0  # the means are known
-_LEARNED_STEPS = 180  # its default
+_LEARNED_STEPS = LearnedConfig().steps
 _IN_TRIALS = 0.73  # steps that guarded has for one of iterative, since it also tries sets
 _REFINED = 500  # as many passes as learned, on 300 examples
 _SHARE = 0.002  # of the components in a step: three of arith-tiny's, 196 of SmolLM2's
