@@ -119,6 +119,11 @@ class FrozenSet:
         changed = self.components["strength"] * strength
         return replace(self, components=self.components.assign(strength=changed))
 
+    def part(self, rows: np.ndarray) -> "FrozenSet":
+        """These rows of the components alone; their directions come from decompositions."""
+        components = self.components.iloc[rows].reset_index(drop=True)
+        return replace(self, components=components, means=self.means[rows], directions=None)
+
     def to_pandas(self) -> pd.DataFrame:
         """Columns ``layer, matrix, head, index, strength``."""
         return self.components.copy()

@@ -169,13 +169,13 @@ def groups(
     options: dict[str, Any] = {"metric": metric, "batch_size": batch_size, "progress": progress}
     effects = edit_effects(model, frozen, data, **options)
     label = clustered(effects, count)
-    sets = [_part(frozen, np.flatnonzero(label == g)) for g in np.unique(label)]
+    sets = [frozen.part(np.flatnonzero(label == g)) for g in np.unique(label)]
     joint = joint_effects(model, [*sets, frozen], data, **options)
     order = np.argsort(joint[:-1].mean(1), kind="stable")
     label = np.argsort(order)[label]
     single = np.full(len(frozen), np.nan)
     if singles:
-        alone = [_part(frozen, np.array([row])) for row in range(len(frozen))]
+        alone = [frozen.part(np.array([row])) for row in range(len(frozen))]
         single = joint_effects(model, alone, data, **options).mean(1)
     members = frozen.components.reset_index(drop=True).assign(
         group=label + 1, first_order=effects.mean(1), single=single
@@ -262,11 +262,6 @@ def clustered(
         return np.zeros(1, np.int64)
     found = fcluster(linkage(away, "ward"), count, "maxclust")
     return np.asarray(found, np.int64) - 1
-
-
-def _part(frozen: FrozenSet, rows: np.ndarray) -> FrozenSet:
-    components = frozen.components.iloc[rows].reset_index(drop=True)
-    return replace(frozen, components=components, means=frozen.means[rows])
 
 
 def _totals(members: pd.DataFrame, exact: np.ndarray) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from eigenlens.paper.studies import (
     peers,
     planted,
     searches,
+    stories,
     sufficiency,
     suppressed,
     transfer,
@@ -50,6 +51,7 @@ EXPERIMENTS: dict[str, Study] = {
     "monitors": monitors,
     "suppressed": suppressed,
     "induction": induction,
+    "stories": stories,
 }
 
 __all__ = ["EXPERIMENTS", "ExperimentResult", "Study"]

@@ -157,30 +157,30 @@ class Bench:
         self._share_scores = share_scores
         self._folder = folder
         self._edits: dict[str, Edit] = {}
-        self._loaded: _Loaded | None = None
+        self._loaded: Loaded | None = None
         self._scored: tuple[Any, ...] = ()
         self._scores: dict[str, Scores] = {}
 
     def rows(self, cell: Cell) -> list[dict[str, Any]]:
         found = self._parts.do(self.file(cell), partial(self._fit, cell))
-        tested = self._model(cell.model).task(cell.setting, cell.seed).test
+        tested = self.loaded(cell.model).task(cell.setting, cell.seed).test
         names = {**self._names(cell), "prompts": prompts_column(tested)}
         return [{**names, **row} for row in found]
 
     def probe(self, cell: Cell, label: str, probe: Data) -> list[dict[str, Any]]:
         found = self._parts.do(self._probe_file(cell, probe), partial(self._probe, cell, probe))
-        tested = self._model(cell.model).task(probe, cell.seed).test
+        tested = self.loaded(cell.model).task(probe, cell.seed).test
         names = {**self._names(cell), "prompts": prompts_column(tested)}
         return [{**names, "data": label, **row} for row in found]
 
     def file(self, cell: Cell) -> str:
         """Name of a cell's files."""
-        loaded = self._model(cell.model)
+        loaded = self.loaded(cell.model)
         unique = identity_hash(loaded.conditions, loaded.task(cell.setting, cell.seed).hash)
         return f"{cell.key}-{unique}"
 
     def _probe_file(self, cell: Cell, probe: Data) -> str:
-        data = self._model(cell.model).task(probe, cell.seed).hash
+        data = self.loaded(cell.model).task(probe, cell.seed).hash
         unique = identity_hash(probe.model_dump(mode="json", exclude={"models"}), cell.seed, data)
         return f"{self.file(cell)}_on_{probe.task}_{unique}"
 
@@ -206,12 +206,14 @@ class Bench:
         }
 
     def _fit(self, cell: Cell) -> list[dict[str, Any]]:
-        loaded = self._model(cell.model)
+        loaded = self.loaded(cell.model)
         task = loaded.task(cell.setting, cell.seed)
         spectra = loaded.spectra
         if cell.method.matrices is not None:
             spectra = spectra.select(matrices=cell.method.matrices)
-        method = cell.method.build(cell.options, self._frozen(cell.parent))
+        method = cell.method.build(
+            cell.options, None if cell.parent is None else self.frozen(cell.parent)
+        )
         shared = self._shared_scores(cell)
         fit = partial(
             method.fit,
@@ -232,7 +234,7 @@ class Bench:
         return [{"data": "", "task": cell.setting.task, **_measured(test), **_found(found, task)}]
 
     def _probe(self, cell: Cell, probe: Data) -> list[dict[str, Any]]:
-        loaded = self._model(cell.model)
+        loaded = self.loaded(cell.model)
         data = loaded.task(probe, cell.seed).test
         edit = self._edit(cell)
         test = measure(loaded.model, data, edit, batch_size=probe.batch_size)
@@ -270,21 +272,25 @@ class Bench:
         self._fit(cell)  # the edit was lost or damaged after its cell was done
         return load_edit(path)
 
-    def _frozen(self, cell: Cell | None) -> FrozenSet | None:
-        if cell is None:
-            return None
+    def frozen(self, cell: Cell) -> FrozenSet:
+        """What a cell freezes.
+
+        Raises:
+            ValueError: its method freezes nothing.
+        """
         edit = self._edit(cell)
         if not isinstance(edit, FrozenEdit):
             raise ValueError(f"{cell.name} freezes nothing: nothing can be made like it.")
         return edit.frozen
 
-    def _model(self, name: str) -> "_Loaded":
+    def loaded(self, name: str) -> "Loaded":
+        """The model of that name, in place of the one before."""
         if self._loaded is None or self._loaded.name != name:
-            self._loaded = _Loaded(name)
+            self._loaded = Loaded(name)
         return self._loaded
 
 
-class _Loaded:
+class Loaded:
     """A model with its decomposition."""
 
     def __init__(self, name: str) -> None:
