@@ -4,6 +4,7 @@ Components are grouped by the training examples that freezing them acts on
 (:func:`eigenlens.groups`); what a group does is measured on test examples.
 """
 
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -84,7 +85,8 @@ def text(table: pd.DataFrame) -> str:
         "them acts on, to first order (Ward's clusters of correlations); numbers are mean changes "
         "of the loss on test examples, in nats. `Alone`: only this group is frozen. `Left out`: "
         "all but this group is frozen, against the whole edit; above zero, the edit needs it. "
-        "`First order` adds up what scores say of the members, on training examples. `Reads` and "
+        "`First order` adds up what scores say of the members, on training examples. The table has "
+        "the first split. `Reads` and "
         "`writes` name the tokens that the members with the largest effects have to do with most."
     )
 
@@ -93,54 +95,61 @@ def _found(table: pd.DataFrame) -> list[str]:
     told = []
     for label, part in table.groupby("label", sort=False):
         by_seed = part.groupby("seed")
-        best, all_of_it = by_seed["alone"].min(), by_seed["together"].first()
-        summed, needed = by_seed["alone"].sum(), by_seed["missing"].max()
+        whole = by_seed["together"].first()
+        shares = {
+            "best": by_seed["alone"].min() / whole,
+            "left": 1 + by_seed["missing"].max() / whole,
+            "summed": by_seed["alone"].sum() / whole,
+        }
+        best, left, summed = (_each(100 * share, ".0f") for share in shares.values())
         told.append(
-            f"{label}: the whole edit changes the loss by {_each(all_of_it)} nats, its best group "
-            f"alone by {_each(best)}, all groups one at a time add up to {_each(summed)}, and "
-            f"leaving out the one that is missed most costs {_each(needed)} (by split)."
+            f"{label}: of what the whole edit changes the loss by ({_each(whole, '+.2f')} nats, by "
+            f"split), its best group alone does {best} %, {left} % are left without the group that "
+            f"is missed most, and groups one at a time add up to {summed} %."
         )
     return told
 
 
-def _each(values: pd.Series) -> str:
-    return " / ".join(f"{value:+.2f}" for value in values)
+def _each(values: pd.Series, form: str) -> str:
+    return " / ".join(format(value, form) for value in values)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """The groups of every edit, the most missed first."""
-    found = table.sort_values("missing", ascending=False, kind="stable")
-    found = found.sort_values(["label", "seed"], kind="stable", key=_in_order)
+    """The groups of the first split of each task, the most missed first."""
+    found = _first(table)
     return pd.DataFrame(
         {
             "task": found["label"],
-            "seed": found["seed"],
             "components": found["components"],
             "where": found["where"],
             "alone": found["alone"].map("{:+.2f}".format),
             "left out": found["missing"].map("{:+.2f}".format),
             "first order": found["first_order"].map("{:+.2f}".format),
-            "reads": found["reads"],
-            "writes": found["writes"],
+            "reads": found["reads"].map(_in_a_cell),
+            "writes": found["writes"].map(_in_a_cell),
         }
     )
 
 
-def _in_order(values: pd.Series) -> pd.Series:
-    """Numbers in the order of first appearance."""
-    return pd.Series(pd.factorize(values)[0], values.index)
+def _first(table: pd.DataFrame) -> pd.DataFrame:
+    """The first split of every task, in the order of tasks, the most missed group first."""
+    own = table[table["seed"] == table.groupby("label")["seed"].transform("min")]
+    parts = [part for _, part in own.groupby("label", sort=False)]
+    return pd.concat([part.sort_values("missing", ascending=False) for part in parts])
+
+
+def _in_a_cell(tokens: str) -> str:
+    """Tokens as text of one line in which Markdown sees no markup."""
+    return re.sub(r"([\\`*_\[\]<>|$~])", r"\\\1", " ".join(tokens.split()))
 
 
 def figure(table: pd.DataFrame) -> go.Figure:
     """A panel per task: every group of the first split, alone and left out."""
-    labels = list(dict.fromkeys(table["label"]))
-    drawn = make_subplots(rows=1, cols=len(labels), subplot_titles=labels, horizontal_spacing=0.24)
+    first = _first(table)
+    labels = list(dict.fromkeys(first["label"]))
+    drawn = make_subplots(rows=1, cols=len(labels), subplot_titles=labels, horizontal_spacing=0.1)
     for column, label in enumerate(labels, start=1):
-        part = table[table["label"] == label]
-        part = part[part["seed"] == part["seed"].min()].sort_values("missing", kind="stable")
-        names = [
-            f"{row.components} in {str(row.where).split(' ')[0]} …" for row in part.itertuples()
-        ]
+        part = first[first["label"] == label].iloc[::-1]
         for values, name, colour in (
             (part["alone"], "frozen alone", BLUE),
             (part["missing"], "left out of the edit", VERMILION),
@@ -155,15 +164,16 @@ def figure(table: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=column,
             )
-        drawn.update_yaxes(
-            tickvals=np.arange(len(part)), ticktext=names, row=1, col=column, title_text=""
-        )
+        counts = part["components"].astype(str).tolist()
+        drawn.update_yaxes(tickvals=np.arange(len(part)), ticktext=counts, row=1, col=column)
     drawn.update_xaxes(title_text="change of the loss (nats)", zeroline=True)
+    drawn.update_yaxes(title_text="components of the group", col=1)
+    drawn.update_yaxes(zeroline=False)
     drawn.update_layout(
         template=TEMPLATE,
         width=FULL_WIDTH,
         height=430,
-        margin={"l": 120, "t": 40, "b": 90},
+        margin={"t": 40, "b": 90},
         legend={"orientation": "h", "y": -0.2, "x": 0.5, "xanchor": "center"},
     )
     return drawn
