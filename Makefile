@@ -43,7 +43,7 @@ docs: $(FOR_TESTS)
 bench: $(FOR_TESTS) $(WEIGHTS)
 	$(BIN)/eigenlens bench --model smollm2-135m --out runs/bench.json
 
-# Every published number again, about eleven hours; what was interrupted goes on. Text comes from the
+# Every published number again, about sixteen hours; what was interrupted goes on. Text comes from the
 # Hub, or from the folder that EIGENLENS_DATA names.
 study: $(FOR_DEMO) $(WEIGHTS) $(GEMMA)
 	$(BIN)/eigenlens experiment all --out figures

@@ -7,7 +7,7 @@ from eigenlens.paper.studies.grid import grid_study
 from eigenlens.paper.studies.views import INTERVALS, variant_dots, variants
 
 QUESTION = "Which part of eigenpruning does the work?"
-MINUTES = 30
+MINUTES = 60
 
 
 run = grid_study(__name__)

@@ -7,7 +7,7 @@ from eigenlens.paper.studies.grid import grid_study
 from eigenlens.paper.studies.views import EACH, INTERVALS, dots, own, passes, percent, pooled
 
 QUESTION = "How does eigenpruning compare with other ways to change a model, and at what cost?"
-MINUTES = 45
+MINUTES = 150
 
 
 run = grid_study(__name__)

@@ -1,4 +1,4 @@
-"""The paper's headline task, multiplication of integers, on other models than the paper's."""
+"""The paper's headline task, multiplication of integers, on another model than the paper's."""
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -7,7 +7,7 @@ from eigenlens.paper.studies.grid import grid_study
 from eigenlens.paper.studies.views import INTERVALS, own, pooled, variant_dots, variants
 
 QUESTION = "Does multiplication improve as the paper says, and as much as by adapters?"
-MINUTES = 90
+MINUTES = 80
 _EDITS = ("learned, frozen", "learned, attenuated", "LoRA", "IA3")
 
 run = grid_study(__name__)
