@@ -315,7 +315,16 @@ def test_draws_share_scores_that_do_not_depend_on_them(arith):
 
 
 @pytest.mark.parametrize(
-    "name", ["paper-table", "compare", "ablations", "architectures", "transfer", "monitors"]
+    "name",
+    [
+        "paper-table",
+        "multiplication",
+        "compare",
+        "ablations",
+        "architectures",
+        "transfer",
+        "monitors",
+    ],
 )
 def test_a_study_shows_what_was_measured_also_from_its_file(run, tmp_path, name):
     table, _ = run

@@ -4,7 +4,17 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from eigenlens.paper.studies.grid import grid_study
-from eigenlens.paper.studies.views import INTERVALS, own, pooled, variant_dots, variants
+from eigenlens.paper.studies.views import (
+    EACH,
+    INTERVALS,
+    changes,
+    gained_and_lost,
+    own,
+    passes,
+    percent,
+    pooled,
+    variant_dots,
+)
 
 QUESTION = "Does multiplication improve as the paper says, and as much as by adapters?"
 MINUTES = 80
@@ -26,13 +36,26 @@ def text(table: pd.DataFrame) -> str:
         f"Exact products on test: {told}. The paper has 13.75 % and 97.50 % for Phi-2, of 80 "
         f"examples, by freezing in one shot. {INTERVALS} Prompts are `a x b = ` with both factors "
         "below 20: 400 products, of which 300 are learned from. `Learned` trains gates under one "
-        "mean for all positions, and protects nothing."
+        "mean for all positions, and protects nothing. `Gained, lost` are test prompts against "
+        "`before`, with McNemar's exact p (of the random control, its first draw)."
     )
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy and size of every edit."""
-    return variants(table)
+    """Accuracy and size of every edit, and what it changes."""
+    found = pooled(own(table)).merge(changes(table), on=["model", "label", "method"])
+    return pd.DataFrame(
+        {
+            "task": found["label"],
+            "edit": found["method"],
+            "test accuracy": found.apply(percent, axis=1),
+            EACH: found["each"],
+            "gained, lost": gained_and_lost(found),
+            "components": found["components"],
+            "numbers set": found["parameters_changed"].map("{:,.0f}".format),
+            "passes": passes(found),
+        }
+    )
 
 
 def figure(table: pd.DataFrame) -> go.Figure:

@@ -9,6 +9,7 @@ from eigenlens.paper.studies.views import (
     INTERVALS,
     changes,
     dots,
+    gained_and_lost,
     own,
     passes,
     percent,
@@ -47,12 +48,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             EACH: found["each"],
             "choice": found.apply(percent, axis=1, args=("choice", "choice_low", "choice_high")),
             "majority": found["majority"].map("{:.1%}".format),
-            "gained, lost": [
-                "" if m == "before" else f"{g}, {lost} (p = {p:.2g})"
-                for m, g, lost, p in zip(
-                    found["method"], found["gained"], found["lost"], found["p"], strict=True
-                )
-            ],
+            "gained, lost": gained_and_lost(found),
             "loss (nats)": found["loss"].map("{:.2f}".format),
             "share frozen": found["share"],
             "passes": passes(found),

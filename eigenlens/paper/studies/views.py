@@ -135,6 +135,14 @@ def changes(table: pd.DataFrame, base: str = "before") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def gained_and_lost(found: pd.DataFrame, base: str = "before") -> list[str]:
+    """What :func:`changes` found, as cells of a page; empty for the base itself."""
+    return [
+        "" if row["method"] == base else f"{row['gained']}, {row['lost']} (p = {row['p']:.2g})"
+        for row in found.to_dict("records")
+    ]
+
+
 def percent(row: pd.Series, name: str = "accuracy", low: str = "low", high: str = "high") -> str:
     """An accuracy with its interval, or nothing where there is none."""
     return "" if pd.isna(row[name]) else share(row[name], row[low], row[high])
