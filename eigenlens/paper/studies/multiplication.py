@@ -17,8 +17,8 @@ from eigenlens.paper.studies.views import (
 )
 
 QUESTION = "Does multiplication improve as the paper says, and as much as by adapters?"
-MINUTES = 80
-_EDITS = ("learned, frozen", "learned, attenuated", "LoRA", "IA3")
+MINUTES = 60
+_EDITS = ("learned, frozen", "LoRA", "IA3")
 
 run = grid_study(__name__)
 
