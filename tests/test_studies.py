@@ -63,7 +63,7 @@ def test_searches_reports_the_test_accuracy_of_the_chosen_set(tmp_path, monkeypa
     )
     monkeypatch.setattr(searches, "SETTINGS", (setting,))
     spent = []
-    short = partial(searches._guarded, 1 / 60)
+    short = partial(searches._guarded, 1 / 40)
     monkeypatch.setitem(searches._SEARCHES, "guarded", counting(short, spent))
     found = searches.run(models=("arith-tiny",), parts=tmp_path)
     final = found.table[found.table["step"] == -1].set_index("method")
