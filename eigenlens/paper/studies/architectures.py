@@ -13,6 +13,7 @@ from eigenlens.paper.studies.views import (
     passes,
     percent,
     pooled,
+    reached,
 )
 
 QUESTION = "Does eigenpruning work on other architectures?"
@@ -25,10 +26,11 @@ run = grid_study(__name__)
 def text(table: pd.DataFrame) -> str:
     """What the models are."""
     return (
-        f"{INTERVALS} arith-tiny is a GPT-2 of 2 layers with numbers as tokens; SmolLM2 a Llama "
-        "with grouped-query attention and two digits per number; Gemma-3 has one key and value "
-        "head, norms before and after each block, gated GELU and a vocabulary of 262,144. "
-        "`passes` are examples that the fit ran forward / backward."
+        f"{reached(table)} {INTERVALS} "
+        "arith-tiny is a GPT-2 of 2 layers with numbers as tokens; SmolLM2 a Llama with "
+        "grouped-query attention and two digits per number; Gemma-3 has one key and value head, "
+        "norms before and after each block, gated GELU and a vocabulary of 262,144. `passes` are "
+        "examples that the fit ran forward / backward."
     )
 
 

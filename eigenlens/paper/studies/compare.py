@@ -4,7 +4,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from eigenlens.paper.studies.grid import grid_study
-from eigenlens.paper.studies.views import EACH, INTERVALS, dots, own, passes, percent, pooled
+from eigenlens.paper.studies.views import (
+    EACH,
+    INTERVALS,
+    dots,
+    own,
+    passes,
+    percent,
+    pooled,
+    reached,
+)
 
 QUESTION = "How does eigenpruning compare with other ways to change a model, and at what cost?"
 MINUTES = 150
@@ -16,14 +25,15 @@ run = grid_study(__name__)
 def text(table: pd.DataFrame) -> str:
     """What the columns are."""
     return (
-        f"{INTERVALS} Each method has the same examples to learn from and the same ones to choose "
-        "on. `tried` counts the candidates that it measured on validation (a search by gates looks "
-        "at validation itself and hands over one). `passes` are examples run forward / backward. "
+        f"{reached(table)} {INTERVALS} "
+        "Each method has the same examples to learn from and the same ones to choose on. `tried` "
+        "counts the candidates that it measured on validation (a search by gates looks at "
+        "validation itself and hands over one). `passes` are examples run forward / backward. "
         "Passes, seconds and memory are of the whole fit, decomposition excepted, in one process "
         "on one core that other work shared: passes are exact, seconds upper bounds. Memory is "
         "what the process took above its size before. `numbers set` counts what the edit sets: "
-        "strengths and means of frozen components at each position, entries of adapters, singular "
-        "values cut."
+        "strengths and means of frozen components at each position, entries of adapters, "
+        "singular values cut."
     )
 
 

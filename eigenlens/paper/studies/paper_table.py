@@ -14,6 +14,7 @@ from eigenlens.paper.studies.views import (
     passes,
     percent,
     pooled,
+    reached,
 )
 
 QUESTION = "What does eigenpruning do to the paper's tasks, beside random freezing, LASER and LoRA?"
@@ -26,13 +27,13 @@ run = grid_study(__name__)
 def text(table: pd.DataFrame) -> str:
     """What the columns are."""
     return (
-        f"{INTERVALS} `exact` is the paper's measure: the answer is what greedy decoding over the "
-        "whole vocabulary would write. `choice` asks only which candidate answer is the most "
-        "likely, and `majority` is the exact accuracy of always giving the most frequent answer of "
-        "the train split. `gained, lost` are test prompts against `before`, with McNemar's exact "
-        "p (of a random control, the first draw; a prompt of several seeds counts once). "
-        "`passes` are examples that the fit ran forward / "
-        "backward, those that it chose on included."
+        f"{reached(table)} {INTERVALS} "
+        "`exact` is the paper's measure: the answer is what greedy decoding over the whole "
+        "vocabulary would write. `choice` asks only which candidate answer is the most likely, "
+        "and `majority` is the exact accuracy of always giving the most frequent answer of the "
+        "train split. `gained, lost` are test prompts against `before`, with McNemar's exact p "
+        "(of a random control, the first draw; a prompt of several seeds counts once). `passes` "
+        "are examples that the fit ran forward / backward, those that it chose on included."
     )
 
 

@@ -93,6 +93,22 @@ def _by_seed(values: pd.Series, column: str) -> str:
     return " / ".join(form.format(value) for value in values)
 
 
+def reached(table: pd.DataFrame, most: int = 6) -> str:
+    """What the best methods reach on each task, and the unedited model."""
+    found, told = pooled(own(table)), ["The best on test, and the unedited model."]
+    several = found.groupby("label")["model"].transform("nunique") > 1
+    found = found.assign(
+        where=found["label"].where(~several, found["model"] + ", " + found["label"])
+    )
+    for where, part in found.groupby("where", sort=False):
+        edited = part[part["method"] != "before"]
+        best = edited.sort_values("accuracy", ascending=False, kind="stable").head(most)
+        shown = pd.concat([best, part[part["method"] == "before"]])
+        each = [f"{row['method']} {row['accuracy']:.0%}" for row in shown.to_dict("records")]
+        told.append(f"{where}: {'; '.join(each)}.")
+    return " ".join(told)
+
+
 def variants(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and size of every variant, for a page."""
     found = pooled(own(table))
