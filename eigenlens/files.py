@@ -32,7 +32,7 @@ from eigenlens.leftovers import sweep, temporary_beside
 from eigenlens.yaml_texts import parse_yaml
 
 _HEADER, _CHECKSUM = "eigenlens", "checksum"
-# Format 2 brought checksums; these kinds had changed before.
+# Format 2 brought checksums; these kinds changed before it as well, or after it.
 _FORMATS = dict.fromkeys(("scores", "control", "search state", "evaluation"), "3")
 _FORMATS |= dict.fromkeys(("frozen set", "spectra"), "4")  # places in the plain model
 _FORMAT = "2"

@@ -32,8 +32,8 @@ def text(table: pd.DataFrame) -> str:
         "Passes, seconds and memory are of the whole fit, decomposition excepted, in one process "
         "on one core that other work shared: passes are exact, seconds upper bounds. Memory is "
         "what the process took above its size before. `numbers set` counts what the edit sets: "
-        "strengths and means of frozen components at each position, entries of adapters, "
-        "singular values cut."
+        "strengths of frozen components and their means (one, or one at each position), "
+        "entries of adapters, singular values cut."
     )
 
 

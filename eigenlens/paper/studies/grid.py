@@ -340,11 +340,14 @@ def _found(found: FitResult, task: Task) -> dict[str, Any]:
     }
 
 
-def grid_study(module: str) -> Callable[..., ExperimentResult]:
+def grid_study(
+    module: str, measured: Callable[[StudyConfig, Path | None], pd.DataFrame] = run_grid
+) -> Callable[..., ExperimentResult]:
     """The ``run`` of a study of this kind, whose module says how to show what was measured.
 
     Args:
         module: ``__name__`` of the study; ``configs`` has a file of the same name, with dashes.
+        measured: makes the table of a study, whose cells are kept in a folder.
     """
     name = module.rpartition(".")[2].replace("_", "-")
 
@@ -363,7 +366,7 @@ def grid_study(module: str) -> Callable[..., ExperimentResult]:
         study: Study = sys.modules[module]  # whole by the time that it runs
         read = StudyConfig.read(config or CONFIGS / f"{name}.yaml")
         read = read.of_models(models) if models else read
-        table = run_grid(read, parts.parent / "cells" if parts is not None else None)
+        table = measured(read, parts.parent / "cells" if parts is not None else None)
         settings = {"models": ", ".join(read.models), "seeds": ", ".join(map(str, read.seeds))}
         return shown(study, name, table, settings)
 

@@ -13,27 +13,20 @@ from eigenlens.paper.studies.views import (
     passes,
     percent,
     pooled,
+    reached,
     variant_dots,
 )
 
 QUESTION = "Does multiplication improve as the paper says, and as much as by adapters?"
 MINUTES = 60
-_EDITS = ("learned, frozen", "LoRA", "IA3")
 
 run = grid_study(__name__)
 
 
 def text(table: pd.DataFrame) -> str:
     """What was found, beside what the paper reports."""
-    found = pooled(own(table))
-    by = {(r["label"], r["method"]): r["accuracy"] for r in found.to_dict("records")}
-    told = "; ".join(
-        f"{label}: {by[label, 'before']:.0%} before, "
-        + ", ".join(f"{by[label, edit]:.0%} {edit}" for edit in _EDITS if (label, edit) in by)
-        for label in dict.fromkeys(found["label"])
-    )
     return (
-        f"Exact products on test: {told}. The paper has 13.75 % and 97.50 % for Phi-2, of 80 "
+        f"{reached(table)} The paper has 13.75 % and 97.50 % for Phi-2, of 80 "
         f"examples, by freezing in one shot. {INTERVALS} Prompts are `a x b = ` with both factors "
         "below 20: 400 products, of which 300 are learned from. `Learned` trains gates under one "
         "mean for all positions, and protects nothing. `Gained, lost` are test prompts against "

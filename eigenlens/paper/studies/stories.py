@@ -5,7 +5,6 @@ Components are grouped by the training examples that freezing them acts on
 """
 
 import re
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eigenlens.circuits import groups
-from eigenlens.evaluation import evaluate
 from eigenlens.exact import joint_effects
-from eigenlens.paper.studies.config import CONFIGS, StudyConfig
-from eigenlens.paper.studies.grid import Bench, Cell, cells
+from eigenlens.paper.studies.config import StudyConfig
+from eigenlens.paper.studies.grid import Bench, Cell, cells, grid_study
 from eigenlens.paper.studies.parts import Parts
-from eigenlens.paper.studies.result import ExperimentResult
-from eigenlens.paper.studies.study import Study, shown
+from eigenlens.paper.studies.views import slashed
 from eigenlens.plots.style import BLUE, FULL_WIDTH, TEMPLATE, VERMILION
 
 QUESTION = "What does an edit consist of, and does any part of it do the work alone?"
@@ -31,29 +28,19 @@ MINUTES = 45  # most of it for the edits themselves, which other studies need as
 COUNT = 12
 
 
-def run(
-    models: tuple[str, ...] | None = None, config: Path | None = None, parts: Path | None = None
-) -> ExperimentResult:
-    """Make the edits of the study's YAML file, or of ``config``, and take them apart.
-
-    Args:
-        models: in place of the file's.
-        config: YAML file in place of the study's own.
-        parts: folder of this study's parts; edits lie beside it, where all studies find them.
-    """
-    read = StudyConfig.read(config or CONFIGS / "stories.yaml")
-    read = read.of_models(models) if models else read
-    folder = parts.parent / "cells" if parts is not None else None
+def _measured(config: StudyConfig, folder: Path | None) -> pd.DataFrame:
+    """The edits of the study, taken apart."""
     kept = Parts(folder)
-    bench = Bench(kept, folder, read.share_scores)
+    bench = Bench(kept, folder, config.share_scores)
     rows: list[dict[str, Any]] = []
-    for cell in cells(read):
+    for cell in cells(config):
         names = {"model": cell.model, "label": cell.label, "seed": cell.seed}
         found = kept.do(f"{bench.file(cell)}_in_{COUNT}_groups", partial(_measure, bench, cell))
         rows += [{**names, **row} for row in found]
-    settings = {"models": ", ".join(read.models), "seeds": ", ".join(map(str, read.seeds))}
-    study: Study = sys.modules[__name__]
-    return shown(study, "stories", pd.DataFrame(rows), settings)
+    return pd.DataFrame(rows)
+
+
+run = grid_study(__name__, _measured)
 
 
 def _measure(bench: Bench, cell: Cell) -> list[dict[str, Any]]:
@@ -70,11 +57,8 @@ def _measure(bench: Bench, cell: Cell) -> list[dict[str, Any]]:
     sets = [whole.part(np.flatnonzero(rows)) for rows in [*own, *(~rows for rows in own)]]
     effects = joint_effects(loaded.model, [*sets, whole], task.test, **options).mean(1)
     alone, rest, together = effects[: len(own)], effects[len(own) : -1], effects[-1]
-    base = evaluate(loaded.model, task.test, choices=False, **options).loss
     table = found.table[["group", "components", "where", "first_order", "reads", "writes"]]
-    table = table.assign(
-        alone=alone, missing=rest - together, together=together, before=base, total=len(frozen)
-    )
+    table = table.assign(alone=alone, missing=rest - together, together=together)
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
@@ -101,17 +85,13 @@ def _found(table: pd.DataFrame) -> list[str]:
             "left": 1 + by_seed["missing"].max() / whole,
             "summed": by_seed["alone"].sum() / whole,
         }
-        best, left, summed = (_each(100 * share, ".0f") for share in shares.values())
+        best, left, summed = (slashed(100 * share, ".0f") for share in shares.values())
         told.append(
-            f"{label}: of what the whole edit changes the loss by ({_each(whole, '+.2f')} nats, by "
-            f"split), its best group alone does {best} %, {left} % are left without the group that "
-            f"is missed most, and groups one at a time add up to {summed} %."
+            f"{label}: of what the whole edit changes the loss by ({slashed(whole, '+.2f')} nats, "
+            f"by split), its best group alone does {best} %, {left} % are left without the group "
+            f"that is missed most, and groups one at a time add up to {summed} %."
         )
     return told
-
-
-def _each(values: pd.Series, form: str) -> str:
-    return " / ".join(format(value, form) for value in values)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

@@ -89,8 +89,12 @@ def _first_draw(part: pd.DataFrame) -> pd.DataFrame:
 def _by_seed(values: pd.Series, column: str) -> str:
     if values.isna().any():
         return ""
-    form = "{:,.0f}" if column == "components" else "{:.2%}"
-    return " / ".join(form.format(value) for value in values)
+    return slashed(values, ",.0f" if column == "components" else ".2%")
+
+
+def slashed(values: pd.Series, form: str) -> str:
+    """Numbers of several splits, in one cell or sentence."""
+    return " / ".join(format(value, form) for value in values)
 
 
 def reached(table: pd.DataFrame, most: int = 6) -> str:
